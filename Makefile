@@ -1,0 +1,34 @@
+# Two commands matter: `make demo` (a real language model learns a real task) and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUN    ?= runs/demo
+
+.PHONY: demo test test-real test-statistical lint clean
+
+# One virtual environment with everything; torch is pinned in constraints.txt.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hf,demo,dev]"
+	touch $@
+
+demo: $(VENV)/.installed      ## fine-tune SmolLM2-135M on movie-review sentiment, forward passes only (about ten minutes on two cores)
+	$(BIN)/zotune train recipes/demo.yaml --out $(RUN)
+
+test: $(VENV)/.installed      ## the whole suite, offline
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not real and not statistical and not gpu"
+
+test-real: $(VENV)/.installed ## checks on the real SmolLM2 (downloads it once)
+	$(BIN)/pytest -m real
+
+test-statistical: $(VENV)/.installed ## long Monte-Carlo checks
+	$(BIN)/pytest -m statistical
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix . && $(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info

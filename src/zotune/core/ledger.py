@@ -1,0 +1,205 @@
+"""The ledger: the losses of every query, in order. Base weights + ledger = trained weights, with no data and no forward.
+
+One JSON object a line, numbers written so that they read back exactly:
+
+    {"ledger": 1, "base": ..., "sites": ..., "method": ..., "groups": [...], "seed": 0, ...}     the header
+    {"step": 0, "losses": [0.693, 0.701]}                                                        one line a step
+    {"step": 1, "losses": [...], "groups": [{"lr": 9e-07, ...}]}       groups: only when they changed since the last line
+    {"end": 600, "weights": "sha256 ..."}                                                        when a run has ended
+
+A line is flushed before the step's update is applied. A torn last line (a killed process, a full disk) is dropped: its
+step was never acknowledged. Damage anywhere else is an error.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from zotune.core.errors import LedgerError
+
+FORMAT = 1
+# Header entries that must agree for a ledger to be replayed or continued.
+_MUST_AGREE = ("ledger", "sites", "method", "rule", "seed", "noise", "low_precision", "base")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One step: the losses that the method was told, and the hyper-parameters it ran with."""
+
+    step: int
+    losses: list[float]
+    groups: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class LedgerFile:
+    """What a ledger says."""
+
+    header: dict[str, Any]
+    entries: list[Entry]
+    weights: str | None = None  # hash of the final weights, once the run has ended
+    good_bytes: int = 0  # length of the file without a torn last line
+    torn: bool = field(default=False)
+
+
+def read_ledger(path: str | Path) -> LedgerFile:
+    """Read a ledger; a torn last line is left out.
+
+    Raises:
+        LedgerError: no such file, no header, a damaged line that is not the last, or steps out of order.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LedgerError(f"No ledger at {path}. Training writes it as `ledger.jsonl` into its run folder.")
+    lines = path.read_bytes().splitlines(keepends=True)
+    parsed: list[dict[str, Any]] = []
+    good = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            parsed.append(json.loads(line) if line.endswith(b"\n") else _torn())
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise LedgerError(f"{path}, line {number} is damaged ({error}); only the last line may be.") from error
+        good += len(line)
+    if not parsed or parsed[0].get("ledger") != FORMAT:
+        raise LedgerError(f"{path} does not begin with a ledger header of format {FORMAT}.")
+    entries, weights = _entries(path, parsed)
+    return LedgerFile(parsed[0], entries, weights, good, torn=len(parsed) < len(lines))
+
+
+def _torn() -> dict[str, Any]:
+    raise ValueError("the line does not end")
+
+
+def _entries(path: Path, parsed: Sequence[Mapping[str, Any]]) -> tuple[list[Entry], str | None]:
+    groups, weights = parsed[0]["groups"], None
+    entries: list[Entry] = []
+    for number, line in enumerate(parsed[1:], start=2):
+        if "end" in line:
+            weights = line["weights"]
+            continue
+        if line.get("step") != len(entries):
+            raise LedgerError(f"{path}, line {number}: expected step {len(entries)}, got {line.get('step')!r}.")
+        groups = line.get("groups", groups)
+        entries.append(Entry(len(entries), [_number(v) for v in line["losses"]], groups))
+        weights = None
+    return entries, weights
+
+
+class Ledger:
+    """Writes a ledger, or goes on with one."""
+
+    def __init__(self, path: str | Path, base: Any = None) -> None:
+        """Nothing is written before the first step.
+
+        Args:
+            path: the file; its folder must exist.
+            base: what names the base model: any JSON value.
+        """
+        self.path = Path(path)
+        self.base = base
+        self._file: TextIO | None = None
+        self._groups: list[dict[str, float]] | None = None
+
+    def append(self, header: Mapping[str, Any], step: int, losses: Sequence[float], groups: list[dict[str, float]]) -> None:
+        """Write one step; on return the line has left this process.
+
+        Raises:
+            LedgerError: the file belongs to another run, or stands at another step.
+            OSError: the disk is full, or the like. What was written before stays readable.
+        """
+        if self._file is None:
+            self._open({**header, "base": self.base}, step)
+        line: dict[str, Any] = {"step": step, "losses": [_writable(v) for v in losses]}
+        if groups != self._groups:
+            line["groups"] = groups
+        self._write(line)
+        self._groups = groups
+
+    def end(self, steps: int, weights: str) -> None:
+        """Write down that the run has ended, and the hash of its weights."""
+        if self._file is not None:
+            self._write({"end": steps, "weights": weights})
+            os.fsync(self._file.fileno())
+
+    def sync(self) -> None:
+        """Make sure that what was written survives a power cut."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self, header: dict[str, Any], step: int) -> None:
+        if self.path.exists() and self.path.stat().st_size:
+            before = read_ledger(self.path)
+            check_header(before.header, header, self.path)
+            if len(before.entries) != step:
+                raise LedgerError(
+                    f"{self.path} holds {len(before.entries)} steps, but the optimizer stands at step {step}. "
+                    "Replay the ledger first (zotune.replay), or name a new file."
+                )
+            self._groups = before.entries[-1].groups if before.entries else before.header["groups"]
+            with self.path.open("r+b") as file:
+                file.truncate(before.good_bytes)
+            self._file = self.path.open("a", encoding="utf-8")
+        elif step:
+            raise LedgerError(f"A ledger begins at step 0; the optimizer stands at step {step} and {self.path} is empty.")
+        else:
+            self._file = self.path.open("a", encoding="utf-8")
+            self._write(header)
+            self._groups = header["groups"]
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def check_header(found: Mapping[str, Any], expected: Mapping[str, Any], path: str | Path) -> None:
+    """A ledger may only be replayed on what it was written for.
+
+    Raises:
+        LedgerError: says which entry differs, and how.
+    """
+    for key in _MUST_AGREE:
+        if found.get(key) != expected.get(key):
+            raise LedgerError(
+                f"{path} was written for another run: its {key} is {found.get(key)!r}, here it is {expected.get(key)!r}. "
+                "Replay needs the same base model, trained tensors, method options, rule and seed."
+            )
+
+
+def sites_hash(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Names, shapes and dtypes of trained tensors in 16 hex digits; order does not matter."""
+    lines = sorted(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in named)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def weights_hash(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, shapes, dtypes and bits of tensors, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _writable(value: float) -> float | str:
+    return value if math.isfinite(value) else repr(value)  # JSON has no nan or inf
+
+
+def _number(value: float | str) -> float:
+    return float(value)

@@ -1,0 +1,98 @@
+"""The one step: the same few lines for every method, rule and engine."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from zotune.core.context import Context, Estimate
+from zotune.core.direction import Direction
+
+Closure = Callable[[], Any]  # runs a forward pass and returns one number (a 0-d tensor or a float)
+
+
+@runtime_checkable
+class Method(Protocol):
+    """One paper: how a gradient is estimated from losses."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    needs: ClassVar[frozenset[str]]  # what the engine must offer
+    extra_state: ClassVar[str]  # what is kept beside the weights, per trained parameter
+
+    @property
+    def forwards(self) -> float:
+        """Queries per step, on average."""
+        ...
+
+    def estimate(self, ctx: Context) -> Estimate:
+        """The gradient estimate of one step."""
+        ...
+
+    def observe(self, ctx: Context, estimate: Estimate) -> None:
+        """Learn from the losses, after they are known and before the weights move."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the method remembers between steps: tensors, numbers, strings, lists and dicts."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        ...
+
+
+class Rule(Protocol):
+    """How an estimate moves one tensor."""
+
+    name: ClassVar[str]
+    extra_state: ClassVar[str]
+
+    def __call__(self, weight: Tensor, site: Any, estimate: Estimate, group: dict[str, Any], state: dict[str, Any]) -> None:
+        """Change full-precision values of (a part of) one site in place.
+
+        Args:
+            weight: fp32 or fp64 values of the part.
+            site: which part of which tensor.
+            estimate: the gradient estimate.
+            group: the parameter group: lr, weight_decay after schedulers.
+            state: what the rule remembers about this tensor.
+        """
+        ...
+
+
+class Engine(Protocol):
+    """How queries are answered; owns the promise that the stored weights are not disturbed."""
+
+    name: ClassVar[str]
+    offers: ClassVar[frozenset[str]]
+    reason: str  # why this engine works the way it does on this model
+
+    def losses(self, points: Sequence[Direction], closure: Closure, seed: int) -> Tensor:
+        """The loss at each point, float64; `seed` fixes the common random numbers."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step."""
+
+    estimate: Estimate
+    losses: list[float]
+    accepted: bool
+
+
+def settle(method: Method, ctx: Context, estimate: Estimate, record: Callable[[Outcome], None], move: Callable[[], None]) -> Outcome:
+    """The second half of a step: write down what was learned, then let it move the weights.
+
+    Numbers that are not finite never reach the weights: such a step is recorded, counted and otherwise left out.
+    """
+    outcome = Outcome(estimate, ctx.losses, accepted=estimate.is_finite())
+    record(outcome)
+    if outcome.accepted:
+        method.observe(ctx, estimate)
+        move()
+    return outcome
+
+

@@ -1,0 +1,78 @@
+"""Do two engines give the same losses? Asked once, on a few small tensors, before the first step."""
+
+from typing import Protocol
+
+from zotune.core.direction import Direction, Scaled
+from zotune.core.errors import EngineError
+from zotune.core.step import Closure
+from zotune.core.weights import Weights
+from zotune.engines.query import ask
+
+MAX_NUMEL = 1 << 20  # at most this many elements are copied for the comparison
+MAX_SITES = 8
+
+
+class Perturbing(Protocol):
+    """An engine that can hold a point while the closure runs."""
+
+    weights: Weights
+
+    def at(self, point: Direction, only: set[str] | None = None) -> "AbstractContext":
+        """The closure sees the perturbed weights inside the block."""
+        ...
+
+
+class AbstractContext(Protocol):
+    """A context manager."""
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, *exception: object) -> bool | None: ...
+
+
+def compare_engines(
+    engine: Perturbing, reference: Perturbing, names: set[str], point: Direction, closure: Closure, seed: int
+) -> int:
+    """Perturb a few of the named tensors with both engines and compare the losses. Returns the forwards spent.
+
+    Raises:
+        EngineError: the losses differ by more than the closure differs from itself.
+    """
+    weights = engine.weights
+    sample = _sample(weights, names)
+    if not sample:
+        return 0
+    part = Scaled(point, dict.fromkeys(sample, 1.0), otherwise=0.0)
+
+    def loss(which: Perturbing | None) -> float:
+        if which is None:
+            return ask(closure, weights, seed)
+        with which.at(part, set(sample)):
+            return ask(closure, weights, seed)
+
+    ours, theirs = loss(engine), loss(reference)
+    if ours == theirs:
+        return 2
+    # Engines may multiply in another order, and some kernels are not deterministic: allow for both.
+    again, here = loss(engine), loss(None)
+    allowed = 0.05 * abs(theirs - here) + 4 * abs(ours - again) + 1e-6 * (1 + abs(here))
+    if abs(ours - theirs) > allowed:
+        raise EngineError(
+            f"Engines disagree: perturbing {len(sample)} tensors ({', '.join(sample[:3])}, ...) gives the loss {ours!r} "
+            f"layer by layer and {theirs!r} in place (unperturbed {here!r}, asked again {again!r}). If the closure draws a "
+            "new batch each time it is called, move that out of it; otherwise use engine='in_place' and report this model."
+        )
+    return 4
+
+
+def _sample(weights: Weights, names: set[str]) -> list[str]:
+    """Small tensors, spread over the model."""
+    slots = [weights.slots[name] for name in weights.slots if name in names]
+    spread = slots[:: max(1, len(slots) // MAX_SITES)] + sorted(slots, key=lambda s: s.tensor.numel())[:1]
+    chosen: list[str] = []
+    budget = MAX_NUMEL
+    for slot in sorted(spread, key=lambda s: s.tensor.numel()):
+        if slot.tensor.numel() <= budget and slot.site.name not in chosen:
+            chosen.append(slot.site.name)
+            budget -= slot.tensor.numel()
+    return chosen

@@ -1,0 +1,55 @@
+"""Forwards of modules too large for one scratch copy: the same function, with the perturbed weight made in pieces.
+
+A vocabulary-sized matrix is a fifth of a small model. An embedding needs only the rows of the tokens that are there; an
+output layer can be computed a few thousand rows at a time. Only exact `nn.Embedding` and `nn.Linear` are replaced,
+because a subclass may do something else.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zotune.core.site import Site
+
+# Gives the perturbed values of a part of the weight, in the weight's dtype: (part, shape) -> tensor.
+Perturbed = Callable[[Site, tuple[int, ...]], Tensor]
+Form = Callable[[nn.Module, Site, Perturbed, int, Tensor], Tensor]
+
+MIN_NUMEL = 1 << 22  # smaller weights are not worth cutting up
+
+
+def embedding_rows(module: nn.Module, site: Site, perturbed: Perturbed, limit: int, ids: Tensor) -> Tensor:
+    """nn.Embedding: perturb only the rows that occur."""
+    rows, positions = torch.unique(ids, return_inverse=True)
+    values = perturbed(site.take(rows), (rows.numel(), site.width))
+    return F.embedding(positions, values)
+
+
+def linear_chunks(module: nn.Module, site: Site, perturbed: Perturbed, limit: int, x: Tensor) -> Tensor:
+    """nn.Linear: perturb and multiply `limit` elements of the weight at a time."""
+    assert isinstance(module, nn.Linear)
+    flat = x.reshape(-1, x.shape[-1])  # 2-d and contiguous: thin 3-d slices take a slow path in bf16 on the CPU
+    step = max(1, limit // site.width)
+    out: Tensor | None = None
+    for first in range(0, module.out_features, step):
+        last = min(first + step, module.out_features)
+        bias = None if module.bias is None else module.bias[first:last]
+        piece = F.linear(flat, perturbed(site.row_range(first, last), (last - first, site.width)), bias)
+        if out is None:
+            out = piece.new_empty(flat.shape[0], module.out_features)
+        out[:, first:last] = piece
+    assert out is not None
+    return out.view(*x.shape[:-1], module.out_features)
+
+
+def form_for(module: nn.Module, site: Site) -> Form | None:
+    """The replacement for a module's forward, if there is one and it is worth it."""
+    if "forward" in vars(module) or module._parameters.get("weight") is None:
+        return None  # somebody else has put a forward there, such as accelerate's device hooks
+    if type(module) is nn.Embedding and module.max_norm is None:
+        return embedding_rows
+    if type(module) is nn.Linear and site.numel >= MIN_NUMEL:
+        return linear_chunks
+    return None

@@ -1,0 +1,225 @@
+"""The layerwise engine: stored weights are never written during a query.
+
+Just before a module runs, its trained parameters are replaced by scratch tensors that hold the perturbed values; just
+after, the parameters are put back. One module's scratch exists at a time, so a query needs little more memory than a
+forward pass, and there is nothing to restore. Vocabulary-sized embeddings and output layers are done in pieces
+(`engines.forms`).
+
+Hooks see only what a module reads of itself. The first forward runs at the current weights and finds out which modules
+own trained tensors; the first query runs under an audit (`engines.audit`), and tensors that something else reads as
+well (a functional call, a penalty on the weights in the closure, nn.MultiheadAttention's output layer) are perturbed in
+place from then on. `reason` says what was found.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from types import MethodType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._pytree import tree_iter
+
+from zotune.core.context import as_losses
+from zotune.core.direction import HERE, Direction
+from zotune.core.site import Site
+from zotune.core.step import Closure
+from zotune.core.weights import Slot, Weights
+from zotune.engines.audit import ReadAudit
+from zotune.engines.check import compare_engines
+from zotune.engines.forms import MIN_NUMEL, Form, form_for
+from zotune.engines.in_place import InPlace, refuse_standing_still
+from zotune.engines.query import ask, check_here
+from zotune.engines.scratch import Scratch
+
+Replaced = list[tuple[str, nn.Parameter, Tensor]]  # attribute, parameter, scratch
+
+
+class Layerwise:
+    """Swaps perturbed scratch tensors into each module for the length of its forward."""
+
+    name: ClassVar[str] = "layerwise"
+    offers: ClassVar[frozenset[str]] = frozenset()
+    extra_memory: ClassVar[str] = "scratch for one module during a query"
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.reason = "not looked at the model yet"
+        self.check_forwards = 0  # forwards spent on checking, beside those that the method asks for
+        self.in_place = InPlace(weights, "for tensors that are read outside their module")
+        self.direct: set[str] = set()  # sites that hooks do not reach: perturbed in place
+        self._forms: list[tuple[nn.Module, Slot, Form]] = []
+        self._owners: set[str] | None = None
+        self._unread: set[str] = set()
+        self._point: Direction = HERE
+        self._only: set[str] | None = None
+        self._audit: ReadAudit | None = None
+        self._running: list[tuple[nn.Module, Replaced]] = []
+        self._met: set[str] = set()
+        self._scratch = Scratch()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Answering
+
+    def losses(self, points: Sequence[Direction], closure: Closure, seed: int) -> Tensor:
+        """See `Engine.losses`."""
+        if self._owners is None:
+            self._survey(closure, seed)
+            self._find_leaks(next((p for p in points if p is not HERE), None), closure, seed)
+        answers = []
+        for point in points:
+            self._met = set()
+            with self.at(point):
+                answers.append(ask(closure, self.weights, seed))
+            if not self._met <= (self._owners or set()):  # the closure took a new path through the model
+                self._owners = None
+        refuse_standing_still(answers, points, self._unread, self.weights)
+        return as_losses(answers)
+
+    @contextmanager
+    def at(self, point: Direction, only: set[str] | None = None) -> Iterator[None]:
+        """Modules called inside the block see the perturbed weights."""
+        if not any(point.touches(slot.site) for slot in self.weights):
+            yield
+            return
+        direct = self.direct if only is None else self.direct & only
+        self._point, self._only = point, only
+        with self.in_place.at(point, direct) if direct else nullcontext(), self._hooked(self._enter):
+            try:
+                self._install_forms()
+                yield
+            finally:
+                for module, _, _ in self._forms:
+                    vars(module).pop("forward", None)
+                while self._running:  # only after an exception inside a hook
+                    self._leave(self._running[-1][0])
+                self._point, self._only = HERE, None
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Hooks
+
+    @contextmanager
+    def _hooked(self, enter: Callable[..., None]) -> Iterator[None]:
+        before = register_module_forward_pre_hook(enter)
+        after = register_module_forward_hook(self._leave, always_call=True)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def _enter(self, module: nn.Module, args: Any = ()) -> None:
+        replaced: Replaced = []
+        self._running.append((module, replaced))
+        for attribute, parameter in module._parameters.items():
+            slot = self.weights.by_tensor.get(id(parameter))
+            if slot is None or parameter is None:
+                continue
+            self._met.add(slot.site.name)
+            if self._swaps(slot) and not self._has_form(module, slot):
+                scratch = self._scratch.take(slot.tensor)
+                self._fill(slot, slot.site, scratch)
+                module._parameters[attribute] = scratch  # type: ignore[assignment]
+                replaced.append((attribute, parameter, scratch))
+
+    def _leave(self, module: nn.Module, args: Any = (), output: Any = None) -> None:
+        if not self._running or self._running[-1][0] is not module:
+            return
+        _, replaced = self._running.pop()
+        if not replaced:
+            return
+        kept = {t.untyped_storage().data_ptr() for t in tree_iter(output) if isinstance(t, Tensor)}
+        for attribute, parameter, scratch in replaced:
+            module._parameters[attribute] = parameter
+            if scratch.untyped_storage().data_ptr() not in kept:  # a module may hand out its weight itself
+                self._scratch.give(scratch)
+
+    def _swaps(self, slot: Slot) -> bool:
+        name = slot.site.name
+        return name not in self.direct and (self._only is None or name in self._only) and self._point.touches(slot.site)
+
+    def _fill(self, slot: Slot, part: Site, out: Tensor) -> None:
+        with self._audit.paused() if self._audit is not None else nullcontext():
+            self.weights.perturb(slot, part, self._point, out)
+
+    def _has_form(self, module: nn.Module, slot: Slot) -> bool:
+        return any(module is other and slot is its for other, its, _ in self._forms)
+
+    def _install_forms(self) -> None:
+        limit = max(MIN_NUMEL, self.weights.numel // 100)
+        for module, slot, form in self._forms:
+            if not self._swaps(slot):
+                continue
+
+            def perturbed(part: Site, shape: tuple[int, ...], slot: Slot = slot) -> Tensor:
+                out = torch.empty(shape, dtype=slot.tensor.dtype, device=slot.tensor.device)
+                self._fill(slot, part, out)
+                return out
+
+            def forward(
+                module: nn.Module, x: Tensor, form: Form = form, slot: Slot = slot, perturbed: Any = perturbed
+            ) -> Tensor:
+                return form(module, slot.site, perturbed, limit, x)
+
+            module.forward = MethodType(forward, module)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Looking at the model, once
+
+    def _survey(self, closure: Closure, seed: int) -> None:
+        """One forward at the current weights: is the loss a number, which modules own what, what is read at all?"""
+        owners: dict[int, tuple[nn.Module, Slot]] = {}
+
+        def look(module: nn.Module, args: Any = ()) -> None:
+            for parameter in module._parameters.values():
+                slot = self.weights.by_tensor.get(id(parameter))
+                if slot is not None:
+                    owners[id(module), id(parameter)] = (module, slot)  # type: ignore[index]
+
+        audit = ReadAudit(self.weights)
+        with self._hooked(look), audit:
+            check_here(ask(closure, self.weights, seed))
+        self.check_forwards += 1
+        self._owners = {slot.site.name for _, slot in owners.values()}
+        self._unread = set(self.weights.slots) - audit.read
+        self.direct = set(self.weights.slots) - self._owners
+        self._forms = []
+        for module, slot in owners.values():
+            form = form_for(module, slot.site) if module._parameters.get("weight") is slot.tensor else None
+            if form is not None:
+                self._forms.append((module, slot, form))
+
+    def _find_leaks(self, point: Direction | None, closure: Closure, seed: int) -> None:
+        """One query under the audit: what still reads the stored tensors must be perturbed there. Then compare engines."""
+        if point is None:
+            self.reason = "only the current weights have been asked for"
+            self._owners = None  # look again when there is something to perturb
+            return
+        hooked = set(self.weights.slots) - self.direct
+        if hooked:
+            self._audit = ReadAudit(self.weights.slots[name] for name in hooked)
+            try:
+                with self.at(point), self._audit:
+                    ask(closure, self.weights, seed)
+            finally:
+                leaks, self._audit = self._audit.read, None
+            self.check_forwards += 1
+            self.direct |= leaks
+            hooked -= leaks
+        if hooked:
+            self.check_forwards += compare_engines(self, self.in_place, hooked, point, closure, seed)
+        self.reason = _say(len(hooked), sorted(self.direct), sorted(self._unread))
+
+
+def _say(hooked: int, direct: list[str], unread: list[str]) -> str:
+    text = f"{hooked} tensors are reached by module hooks, so stored weights are not written during queries"
+    if direct:
+        text += f"; {len(direct)} are read outside their module and are perturbed in place ({_some(direct)})"
+    if unread:
+        text += f"; {len(unread)} were not seen to be read ({_some(unread)})"
+    return text
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,268 @@
+"""ZO: a method, a rule and an engine put together as a `torch.optim.Optimizer`."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zotune.core.context import Context, Estimate
+from zotune.core.errors import ClosureError, ConfigError
+from zotune.core.ledger import Ledger, sites_hash
+from zotune.core.noise import check_kind, stream
+from zotune.core.step import Closure, Engine, Method, Outcome, Rule, settle
+from zotune.core.weights import Weights
+from zotune.engines import make_engine
+from zotune.methods import make_method
+from zotune.parameters import default_eps, named_groups, warn_small_eps
+from zotune.rules import make_rule
+from zotune.version import __version__
+
+PATIENCE = 10  # steps in a row whose numbers are not finite before the run is stopped
+HYPERPARAMETERS = ("lr", "eps", "weight_decay")
+
+
+class ZO(torch.optim.Optimizer):
+    """Zeroth-order optimizer: forward passes only, no gradients, no extra copy of the model.
+
+        opt = zotune.ZO(model.named_parameters(), method="mezo", lr=1e-6, eps=1e-3)
+        for batch in data:
+            loss = opt.step(lambda: model(**batch).loss)
+
+    The closure runs one forward pass and returns one number; it is called several times a step and must use the same
+    batch each time. It needs no `backward`, no `torch.no_grad` and no `zero_grad`. Dropout masks are the same in all
+    queries of a step. `lr`, `eps` and `weight_decay` live in the parameter groups, so schedulers work.
+
+    Args:
+        params: `model.named_parameters()`, best; or tensors, or parameter groups. Noise is keyed by names: without
+            names it depends on the order. Tensors that do not require grad are left out.
+        method: a name (see `zotune.methods.METHODS`) or a method object.
+        lr: learning rate. MeZO's for full tuning of OPT: 1e-6 or 1e-7 (its Table 16).
+        eps: perturbation scale; by default 1e-3, or 1e-2 if a trained tensor is bf16. Groups may have their own: then
+            directions are scaled by eps of the group over eps of the first group.
+        weight_decay: as in SGD, not applied to biases and norms.
+        seed: fixes all noise.
+        rule: how an estimate moves the weights: a name (see `zotune.rules.RULES`) or a rule object.
+        engine: "auto", "layerwise" or "in_place".
+        noise: "normal" (table; the same bits everywhere), "gaussian" (exact) or "rademacher".
+        low_precision: how fp16 and bf16 tensors take small updates: "carry" keeps 16 more bits a parameter.
+        method_options: options of a method given by name.
+        ledger: a `Ledger` or a path: writes down every loss, so that the run can be replayed.
+
+    Raises:
+        ConfigError: a setting out of range. ParameterError: nothing to train, or packed tensors.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        method: str | Method = "mezo",
+        *,
+        lr: float = 1e-6,
+        eps: float | None = None,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        rule: str | Rule = "sgd",
+        engine: str = "auto",
+        noise: str = "normal",
+        low_precision: str = "carry",
+        method_options: dict[str, Any] | None = None,
+        ledger: Ledger | str | None = None,
+    ) -> None:
+        groups = named_groups(params)
+        self.method: Method = make_method(method, method_options)
+        self.rule: Rule = make_rule(rule)
+        self.noise = check_kind(noise)
+        tensors = [tensor for group in groups for _, tensor in group["params"]]
+        eps = default_eps(tensors) if eps is None else eps
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "zo_step": 0, "zo_seed": int(seed), "zo_method": {}}
+        super().__init__(groups, defaults)
+        _check_hyperparameters(self.param_groups)
+        warn_small_eps(tensors, self.param_groups[0]["eps"])
+        self.weights = Weights(self._named(), low_precision)
+        self.engine: Engine = make_engine(engine, self.weights, self.method)
+        self.ledger = Ledger(ledger) if isinstance(ledger, str) else ledger
+        self.forwards = 0  # queries that the method has asked for, in all
+        self.refused = 0  # steps whose numbers were not finite, in all
+        self.last: Outcome | None = None
+        self._refused_in_a_row = 0
+        self._pending: tuple[Context, Estimate] | None = None
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # A step
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
+        """Estimate and move. Without a closure: apply what the last `query` estimated.
+
+        Returns:
+            The loss to log, a 0-d float64 tensor: the mean over the unbiased probes.
+
+        Raises:
+            ClosureError: no closure and no pending query; the closure does not return one number; or the loss has not
+                been a finite number for several steps in a row.
+        """
+        if closure is not None:
+            self.query(closure)
+        if self._pending is None:
+            if all(float(group["lr"]) == 0.0 for group in self.param_groups):
+                self._count_step()  # how torch.distributed.checkpoint makes an optimizer create its state
+                return None
+            raise ClosureError("ZO needs the loss at several points: call step(closure), or query(closure) and then step().")
+        ctx, estimate = self._pending
+        self._pending = None
+        self.last = settle(self.method, ctx, estimate, self._record, lambda: self._move(estimate))
+        self._count_refusals(self.last)
+        self.param_groups[0]["zo_step"] += 1
+        self._count_step()
+        return torch.tensor(float(estimate.loss), dtype=torch.float64)
+
+    @torch.no_grad()
+    def query(self, closure: Closure) -> Tensor:
+        """Ask for all losses of one step and keep the estimate; the weights do not move before `step()`.
+
+        Returns:
+            The loss to log, a 0-d float64 tensor.
+        """
+        _check_hyperparameters(self.param_groups)
+        step, seed = self.step_number, self.seed
+        queries = _seed_of(seed, step)
+        ctx = Context(
+            step=step,
+            seed=seed,
+            hyperparameters={key: float(self.param_groups[0][key]) for key in HYPERPARAMETERS},
+            sites=[slot.site for slot in self.weights],
+            ask=lambda points: self.engine.losses(points, closure, queries),
+            weight=lambda site: self.weights.slots[site.name].storage.read(self.weights.slots[site.name], site),
+            kind=self.noise,
+            factors=self._eps_factors(),
+        )
+        estimate = self.method.estimate(ctx)
+        self.forwards += len(ctx.losses)
+        self._pending = (ctx, estimate)
+        return torch.tensor(float(estimate.loss), dtype=torch.float64)
+
+    @property
+    def step_number(self) -> int:
+        """Steps taken, refused ones included."""
+        return int(self.param_groups[0]["zo_step"])
+
+    @property
+    def seed(self) -> int:
+        """The run seed."""
+        return int(self.param_groups[0]["zo_seed"])
+
+    def _move(self, estimate: Estimate) -> None:
+        low = self.weights.low_precision
+        if hasattr(low, "step"):  # stochastic rounding draws new bits each step
+            low.step, low.seed = self.step_number, self.seed
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                slot = self.weights.by_tensor[id(parameter)]
+                state = self.state[parameter]
+                self.weights.update(slot, lambda w, part, g=group, s=state: self.rule(w, part, estimate, g, s))  # type: ignore[misc]
+                if slot.carried is not None:
+                    state["carried"] = slot.carried
+
+    def _record(self, outcome: Outcome) -> None:
+        if self.ledger is not None:
+            self.ledger.append(self.describe(), self.step_number, outcome.losses, self._hyperparameters())
+
+    def _count_refusals(self, outcome: Outcome) -> None:
+        self.refused += not outcome.accepted
+        self._refused_in_a_row = 0 if outcome.accepted else self._refused_in_a_row + 1
+        if self._refused_in_a_row >= PATIENCE:
+            raise ClosureError(
+                f"The loss has not been a finite number for {PATIENCE} steps in a row (last: {outcome.losses}); those steps "
+                "left the weights alone. Lower lr or eps, or run the forward pass in bf16 or fp32 instead of fp16."
+            )
+        if not outcome.accepted:
+            warnings.warn(f"Step {self.step_number} was refused: its losses are {outcome.losses}.", stacklevel=4)
+
+    def _count_step(self) -> None:
+        # One cheap entry per parameter: an empty state makes torch.distributed.checkpoint allocate gradients.
+        for slot in self.weights:
+            self.state[slot.tensor]["step"] = torch.tensor(float(self.step_number))
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`: tensors, numbers, strings; loads with `weights_only=True`."""
+        self.param_groups[0]["zo_method"] = self.method.state_dict()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state. Tensors keep their dtype (torch's own loading casts them to the parameter's)."""
+        super().load_state_dict(state_dict)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for parameter, number in zip(parameters, numbers, strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor) and key != "step":
+                    self.state[parameter][key] = value.detach().clone().to(parameter.device)
+            self.weights.by_tensor[id(parameter)].carried = self.state[parameter].get("carried")
+        self.method.load_state_dict(self.param_groups[0]["zo_method"])
+        self._pending = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only at construction: sites, noise and ledger are fixed then."""
+        if hasattr(self, "weights"):
+            raise ConfigError("ZO's tensors are fixed when it is made: give all groups to the constructor.")
+        super().add_param_group(param_group)
+
+    def describe(self) -> dict[str, Any]:
+        """What a ledger's header says: enough to make the same optimizer again."""
+        options = asdict(self.method) if is_dataclass(self.method) and not isinstance(self.method, type) else {}
+        return {
+            "ledger": 1,
+            "zotune": __version__,
+            "versions": {"torch": torch.__version__, "numpy": np.__version__},
+            "method": {"name": self.method.name, **options},
+            "rule": self.rule.name,
+            "seed": self.seed,
+            "noise": self.noise,
+            "low_precision": self.weights.low_precision.name,
+            "sites": sites_hash(self._named()),
+            "tensors": len(self.weights.slots),
+            "parameters": self.weights.numel,
+            "groups": self._hyperparameters(),
+        }
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        return [pair for group in self.param_groups for pair in zip(group["param_names"], group["params"], strict=True)]
+
+    def _hyperparameters(self) -> list[dict[str, float]]:
+        return [{key: float(group[key]) for key in HYPERPARAMETERS} for group in self.param_groups]
+
+    def _eps_factors(self) -> dict[str, float] | None:
+        """Groups with their own eps: the direction is scaled on their tensors."""
+        eps = float(self.param_groups[0]["eps"])
+        if all(float(group["eps"]) == eps for group in self.param_groups):
+            return None
+        return {name: float(group["eps"]) / eps for group in self.param_groups for name in group["param_names"]}
+
+
+def _seed_of(seed: int, step: int) -> int:
+    """The seed of the common random numbers of a step, 63 bits."""
+    high, low = stream(seed, "queries", step).key
+    return (high << 31) ^ low
+
+
+def _check_hyperparameters(groups: Iterable[dict[str, Any]]) -> None:
+    checks: list[tuple[str, Callable[[float], bool], str]] = [
+        ("lr", lambda v: v >= 0, "at least 0; 1e-7 to 1e-5 is usual for full tuning, 1e-5 to 1e-3 for LoRA"),
+        ("eps", lambda v: v > 0, "positive; 1e-3 to 1e-2 is usual for weights of scale 0.02 to 0.2"),
+        ("weight_decay", lambda v: v >= 0, "at least 0"),
+    ]
+    for group in groups:
+        for key, good, needed in checks:
+            value = float(group[key])
+            if not (math.isfinite(value) and good(value)):
+                raise ConfigError(f"{key} must be {needed}; got {value}.")

@@ -1,0 +1,62 @@
+"""Replay: rebuild trained weights from base weights and a ledger, without data and without a forward pass."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from zotune.core.ledger import Entry, LedgerFile, check_header
+from zotune.engines.recorded import Recorded
+from zotune.optimizer import ZO
+
+
+def replay(opt: ZO, entries: Sequence[Entry], progress: Callable[[int], None] | None = None) -> None:
+    """Take the steps that a ledger holds; afterwards `opt` and its tensors stand where that run stood.
+
+    Args:
+        opt: made as the run's optimizer was, standing at the first entry's step.
+        entries: steps, in order. Those before the optimizer's step are skipped.
+        progress: called with each step's number.
+
+    Raises:
+        LedgerError: the ledger holds other numbers of losses than the method asks for.
+    """
+    engine, ledger = opt.engine, opt.ledger
+    opt.ledger = None
+    try:
+        for entry in entries[opt.step_number :]:
+            for group, hyperparameters in zip(opt.param_groups, entry.groups, strict=True):
+                group.update(hyperparameters)
+            recorded = Recorded(entry.losses, entry.step)
+            opt.engine = recorded
+            opt.step(_no_model)
+            recorded.close()
+            if progress is not None:
+                progress(entry.step)
+    finally:
+        opt.engine, opt.ledger = engine, ledger
+
+
+def optimizer_for(named: Any, ledger: LedgerFile, base: Any = None) -> ZO:
+    """The optimizer that wrote a ledger, over tensors that hold its base weights.
+
+    Raises:
+        LedgerError: the tensors are not those of the run.
+    """
+    header = ledger.header
+    options = {key: value for key, value in header["method"].items() if key != "name"}
+    opt = ZO(
+        named,
+        method=header["method"]["name"],
+        method_options=options,
+        rule=header["rule"],
+        seed=header["seed"],
+        noise=header["noise"],
+        low_precision=header["low_precision"],
+        engine="in_place",
+        **header["groups"][0],
+    )
+    check_header(header, {**opt.describe(), "base": header.get("base") if base is None else base}, "the ledger")
+    return opt
+
+
+def _no_model() -> float:
+    raise AssertionError("a replay asks no model")
