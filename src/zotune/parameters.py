@@ -63,6 +63,8 @@ def _check(name: str, tensor: Tensor) -> None:
             f"{name} is a {type(tensor.data).__name__}, a packed or sharded tensor that cannot be perturbed in place. "
             "Train an adapter (LoRA, prefix) or the norms and biases beside it."
         )
+    if tensor.is_meta:
+        raise ParameterError(f"{name} is on the meta device: it has no values. Load the model onto a device first.")
     if tensor.dtype not in TRAINABLE:
         raise ParameterError(
             f"{name} has dtype {tensor.dtype}; trainable are fp32, fp64, bf16 and fp16. Packed (quantised) weights cannot "

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from zotune.core.errors import LedgerError
 from zotune.core.ledger import Entry, LedgerFile, check_header
 from zotune.engines.recorded import Recorded
 from zotune.optimizer import ZO
@@ -26,6 +27,7 @@ def replay(opt: ZO, entries: Sequence[Entry], progress: Callable[[int], None] | 
             for group, hyperparameters in zip(opt.param_groups, entry.groups, strict=True):
                 group.update(hyperparameters)
             recorded = Recorded(entry.losses, entry.step)
+            opt.forgive()  # the run went on after its refused steps, and so does the replay
             opt.engine = recorded
             opt.step(_no_model)
             recorded.close()
@@ -42,6 +44,11 @@ def optimizer_for(named: Any, ledger: LedgerFile, base: Any = None) -> ZO:
         LedgerError: the tensors are not those of the run.
     """
     header = ledger.header
+    if len(header["groups"]) > 1:
+        raise LedgerError(
+            f"The ledger's run had {len(header['groups'])} parameter groups, and it does not say which tensor was in which. "
+            "Make ZO with the same groups yourself and call zotune.replay(opt, entries)."
+        )
     options = {key: value for key, value in header["method"].items() if key != "name"}
     opt = ZO(
         named,

@@ -27,9 +27,13 @@ class SGD:
     name: ClassVar[str] = "sgd"
     extra_state: ClassVar[str] = "none"
 
-    def __call__(self, weight: Tensor, site: Site, estimate: Estimate, group: dict[str, Any], state: dict[str, Any]) -> None:
+    def __call__(
+        self, weight: Tensor, site: Site, estimate: Estimate, group: dict[str, Any], state: dict[str, Any]
+    ) -> None:
         """See `Rule`."""
         lr, decay = float(group["lr"]), float(group["weight_decay"])
+        if lr == 0.0:
+            return  # adding 0 would still turn -0.0 into 0.0
         if decay and decays(site.name):
             weight.mul_(1.0 - lr * decay)
         estimate.direction.add_to(weight, site, -lr)

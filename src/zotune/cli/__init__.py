@@ -1,0 +1,19 @@
+"""The command line: `zotune train | evaluate | replay | methods | doctor`."""
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; zotune's own errors become one readable message and exit code 2."""
+    from zotune.cli.app import app
+    from zotune.core.errors import ZotuneError
+
+    try:
+        app()
+    except ZotuneError as error:
+        from rich.console import Console
+
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on where this one stopped")

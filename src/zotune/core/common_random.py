@@ -16,14 +16,16 @@ def common_random_numbers(seed: int, devices: Iterable[torch.device] = ()) -> It
         seed: the same number for all queries of a step, another one for the next step.
         devices: CUDA devices whose generators a closure may use. The CPU generator is always included.
     """
-    cuda = sorted({d.index if d.index is not None else torch.cuda.current_device() for d in devices if d.type == "cuda"})
+    cuda = sorted(
+        {d.index if d.index is not None else torch.cuda.current_device() for d in devices if d.type == "cuda"}
+    )
     python_state, numpy_state = random.getstate(), np.random.get_state()
     cpu_state = torch.get_rng_state()
     cuda_states = [torch.cuda.get_rng_state(index) for index in cuda]
     try:
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         for index in cuda:
             torch.cuda.default_generators[index].manual_seed(seed)
         yield

@@ -103,7 +103,7 @@ class Stored(Direction):
     def add_to(self, out: Tensor, site: Site, scale: Scalar = 1.0) -> None:
         """See `Direction.add_to`."""
         whole = self.tensors[site.name]
-        values = whole.view(-1)[site.start : site.start + site.count] if site.rows is None else whole[site.rows]
+        values = whole.reshape(-1)[site.start : site.start + site.count] if site.rows is None else whole[site.rows]
         out.add_((values.to(out.dtype) * scale).view(out.shape))
 
     def touches(self, site: Site) -> bool:

@@ -3,7 +3,7 @@
 One JSON object a line, numbers written so that they read back exactly:
 
     {"ledger": 1, "base": ..., "sites": ..., "method": ..., "groups": [...], "seed": 0, ...}     the header
-    {"step": 0, "losses": [0.693, 0.701]}                                                        one line a step
+    {"step": 0, "loss": 0.697, "losses": [0.693, 0.701]}                                         one line a step
     {"step": 1, "losses": [...], "groups": [{"lr": 9e-07, ...}]}       groups: only when they changed since the last line
     {"end": 600, "weights": "sha256 ..."}                                                        when a run has ended
 
@@ -11,14 +11,15 @@ A line is flushed before the step's update is applied. A torn last line (a kille
 step was never acknowledged. Damage anywhere else is an error.
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -32,9 +33,10 @@ _MUST_AGREE = ("ledger", "sites", "method", "rule", "seed", "noise", "low_precis
 
 @dataclass(frozen=True)
 class Entry:
-    """One step: the losses that the method was told, and the hyper-parameters it ran with."""
+    """One step: the loss that was logged, the losses that the method was told, and the hyper-parameters it ran with."""
 
     step: int
+    loss: float
     losses: list[float]
     groups: list[dict[str, float]]
 
@@ -90,7 +92,7 @@ def _entries(path: Path, parsed: Sequence[Mapping[str, Any]]) -> tuple[list[Entr
         if line.get("step") != len(entries):
             raise LedgerError(f"{path}, line {number}: expected step {len(entries)}, got {line.get('step')!r}.")
         groups = line.get("groups", groups)
-        entries.append(Entry(len(entries), [_number(v) for v in line["losses"]], groups))
+        entries.append(Entry(len(entries), _number(line["loss"]), [_number(v) for v in line["losses"]], groups))
         weights = None
     return entries, weights
 
@@ -107,19 +109,27 @@ class Ledger:
         """
         self.path = Path(path)
         self.base = base
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
+        self._good = 0  # bytes that hold whole lines
         self._groups: list[dict[str, float]] | None = None
 
-    def append(self, header: Mapping[str, Any], step: int, losses: Sequence[float], groups: list[dict[str, float]]) -> None:
-        """Write one step; on return the line has left this process.
+    def append(
+        self,
+        header: Callable[[], Mapping[str, Any]],
+        step: int,
+        loss: float,
+        losses: Sequence[float],
+        groups: list[dict[str, float]],
+    ) -> None:
+        """Write one step; on return the line has left this process. The header is asked for when the file is opened.
 
         Raises:
             LedgerError: the file belongs to another run, or stands at another step.
             OSError: the disk is full, or the like. What was written before stays readable.
         """
         if self._file is None:
-            self._open({**header, "base": self.base}, step)
-        line: dict[str, Any] = {"step": step, "losses": [_writable(v) for v in losses]}
+            self._open({**header(), "base": self.base}, step)
+        line: dict[str, Any] = {"step": step, "loss": _writable(loss), "losses": [_writable(v) for v in losses]}
         if groups != self._groups:
             line["groups"] = groups
         self._write(line)
@@ -143,7 +153,7 @@ class Ledger:
             self._file = None
 
     def _open(self, header: dict[str, Any], step: int) -> None:
-        if self.path.exists() and self.path.stat().st_size:
+        if has_header(self.path):
             before = read_ledger(self.path)
             check_header(before.header, header, self.path)
             if len(before.entries) != step:
@@ -152,20 +162,37 @@ class Ledger:
                     "Replay the ledger first (zotune.replay), or name a new file."
                 )
             self._groups = before.entries[-1].groups if before.entries else before.header["groups"]
-            with self.path.open("r+b") as file:
-                file.truncate(before.good_bytes)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._good = before.good_bytes
         elif step:
-            raise LedgerError(f"A ledger begins at step 0; the optimizer stands at step {step} and {self.path} is empty.")
-        else:
-            self._file = self.path.open("a", encoding="utf-8")
+            raise LedgerError(
+                f"A ledger begins at step 0; the optimizer stands at step {step} and {self.path} is empty."
+            )
+        self._file = self.path.open("ab", buffering=0)
+        self._file.truncate(self._good)
+        if not self._good:
             self._write(header)
             self._groups = header["groups"]
 
     def _write(self, line: Mapping[str, Any]) -> None:
+        """One line or nothing: what a full disk cut short is taken back, and the next line opens the file again."""
         assert self._file is not None
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        data = json.dumps(line).encode() + b"\n"
+        try:
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, f"{self.path} could not be extended: the disk is full")
+        except OSError:
+            self._file.truncate(self._good)
+            self.close()
+            raise
+        self._good += len(data)
+
+
+def has_header(path: Path) -> bool:
+    """Whether a ledger was begun there: a first line killed half-way counts as none."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.readline().endswith(b"\n")
 
 
 def check_header(found: Mapping[str, Any], expected: Mapping[str, Any], path: str | Path) -> None:
@@ -193,7 +220,7 @@ def weights_hash(named: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     return digest.hexdigest()
 
 

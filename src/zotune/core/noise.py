@@ -11,7 +11,7 @@ id and the element's block number are the Philox counter (`kernels.philox`). Kin
 
 import hashlib
 import math
-from collections.abc import Callable
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -36,7 +36,7 @@ class Stream:
 @lru_cache(maxsize=4096)
 def stream(seed: int, *purpose: int | str) -> Stream:
     """The stream of a run seed and a purpose, such as ``stream(seed, "step", 17, 0)``. Distinct purposes, distinct streams."""
-    text = repr((int(seed), *purpose)).encode()
+    text = repr((int(seed), *(part if isinstance(part, str) else int(part) for part in purpose))).encode()
     digest = hashlib.blake2b(text, digest_size=8, person=b"zotune-stream").digest()
     return Stream((int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")))
 
@@ -48,49 +48,29 @@ def uniform(source: Stream, low: float, high: float) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Each kind: (stream, site id, first block, scale, like) -> numbers of whole blocks, already times scale.
-# A block is what one Philox call makes: 8 codebook rows = 512 normals, 4 Gaussians, or 128 signs.
+# Table noise: row numbers from Philox, rows from a codebook.
 
 
-def _normal_rows(source: Stream, site: int, rows: Tensor, scale: float | Tensor, like: Tensor) -> Tensor:
-    """(n,) row numbers -> (n, 64): row r takes 16-bit lane r % 8 of block r // 8."""
-    lanes = words(source.key, site, rows >> 3)
-    lane = rows & 7
-    word = lanes.gather(1, (lane >> 1)[:, None])[:, 0]
-    index = (word >> ((lane & 1) << 4)) & ((1 << INDEX_BITS) - 1)
-    return scaled_rows("normal", scale, like.dtype, like.device).index_select(0, index)
+@dataclass(frozen=True)
+class Table:
+    """How a kind of noise reads a Philox block (four 32-bit words): `lanes` row numbers of `bits` bits in each word."""
+
+    book: str
+    width: int  # numbers in a row
+    lanes: int
+    bits: int
+
+    @property
+    def rows_per_block(self) -> int:
+        """Rows that one block names."""
+        return 4 * self.lanes
 
 
-def _normal(source: Stream, site: int, blocks: Tensor, scale: float | Tensor, like: Tensor) -> Tensor:
-    lanes = words(source.key, site, blocks)
-    low, high = lanes & ((1 << INDEX_BITS) - 1), (lanes >> 16) & ((1 << INDEX_BITS) - 1)
-    index = torch.stack((low, high), dim=2).view(-1)
-    return scaled_rows("normal", scale, like.dtype, like.device).index_select(0, index)
-
-
-def _rademacher(source: Stream, site: int, blocks: Tensor, scale: float | Tensor, like: Tensor) -> Tensor:
-    lanes = words(source.key, site, blocks)
-    shifts = torch.tensor((0, 8, 16, 24), device=lanes.device)
-    index = ((lanes[:, :, None] >> shifts) & 255).view(-1)
-    return scaled_rows("rademacher", scale, like.dtype, like.device).index_select(0, index)
-
-
-def _gaussian(source: Stream, site: int, blocks: Tensor, scale: float | Tensor, like: Tensor) -> Tensor:
-    # Box-Muller in fp32 whatever the weight's dtype: 24 bits of each word, shifted by half a step so that log(0) cannot be
-    unit = ((words(source.key, site, blocks) >> 8).to(torch.float32) + 0.5) * 2.0**-24
-    radius = torch.sqrt(-2.0 * torch.log(unit[:, 0::2]))
-    angle = (2.0 * math.pi) * unit[:, 1::2]
-    z = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=2).view(-1, 4)
-    return z.to(like.dtype) * scale
-
-
-Maker = Callable[[Stream, int, Tensor, float | Tensor, Tensor], Tensor]
-# kind -> numbers in a block, maker
-KINDS: dict[str, tuple[int, Maker]] = {
-    "normal": (8 * WIDTH, _normal),
-    "gaussian": (4, _gaussian),
-    "rademacher": (128, _rademacher),
+TABLES = {
+    "normal": Table("normal", WIDTH, lanes=2, bits=INDEX_BITS),  # a block is 8 rows of 64: 512 numbers
+    "rademacher": Table("rademacher", 8, lanes=4, bits=8),  # a block is 16 rows of 8: 128 signs
 }
+KINDS = ("normal", "gaussian", "rademacher")
 
 
 def check_kind(kind: str) -> str:
@@ -100,6 +80,70 @@ def check_kind(kind: str) -> str:
     return kind
 
 
+def _row_numbers(table: Table, source: Stream, site: int, blocks: Tensor) -> Tensor:
+    """(b,) block numbers -> (b * rows_per_block,) int16 row numbers."""
+    mask, shift = (1 << table.bits) - 1, 32 // table.lanes
+    made = words(source.key, site, blocks)
+    lanes = [((made >> (shift * lane)) & mask).to(torch.int16) for lane in range(table.lanes)]
+    return torch.stack(lanes, dim=2).view(-1)
+
+
+class _Recent:
+    """Row numbers made lately. A step draws each stream for both sides and the update; Philox is paid once.
+
+    Two bytes for 64 numbers of noise, and never more than BUDGET in all.
+    """
+
+    BUDGET = 32 << 20  # bytes
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[object, ...], Tensor] = {}
+        self._bytes = 0
+
+    def row_numbers(
+        self, table: Table, source: Stream, site: int, first: int, last: int, device: torch.device
+    ) -> Tensor:
+        """Row numbers of the blocks first ... last - 1."""
+        key = (table.book, source.key, site, first, last, device)
+        found = self._kept.get(key)
+        if found is None:
+            found = _row_numbers(table, source, site, torch.arange(first, last, device=device))
+            if self._bytes + found.nbytes > self.BUDGET:
+                self._kept, self._bytes = {}, 0
+            if found.nbytes <= self.BUDGET:
+                self._kept[key] = found
+                self._bytes += found.nbytes
+        return found
+
+
+_local = threading.local()
+
+
+def _recent() -> _Recent:
+    if not hasattr(_local, "recent"):
+        _local.recent = _Recent()
+    recent: _Recent = _local.recent
+    return recent
+
+
+def _gather(rows: Tensor, index: Tensor) -> Tensor:
+    """rows[index]: on the CPU into a buffer that the next call overwrites, since fresh memory costs more than the copy."""
+    index = index.to(torch.int32)
+    if rows.device.type != "cpu":
+        return rows.index_select(0, index)
+    needed = index.numel() * rows.shape[1]
+    buffer: Tensor | None = getattr(_local, "buffer", None)
+    if buffer is None or buffer.dtype != rows.dtype or buffer.numel() < needed:
+        buffer = _local.buffer = torch.empty(max(needed, CHUNK + 2 * WIDTH), dtype=rows.dtype)
+    out = buffer[:needed].view(index.numel(), rows.shape[1])
+    torch.index_select(rows, 0, index, out=out)
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adding noise to a tensor
+
+
 def add_noise(out: Tensor, site: Site, source: Stream, kind: str, scale: float | Tensor) -> None:
     """out += scale * z[site], one rounding for the product and one for the sum, so chunks and devices agree.
 
@@ -107,43 +151,67 @@ def add_noise(out: Tensor, site: Site, source: Stream, kind: str, scale: float |
         out: fp32 or fp64, as many elements as `site` means, in its order.
         site: whole tensor, run of elements, or choice of rows.
         source: the stream.
-        kind: a key of `KINDS`.
-        scale: a number, or a 0-d tensor that is never read on the host.
+        kind: one of `KINDS`.
+        scale: a number, or a 0-d tensor; one on a GPU is never read on the host.
     """
     if site.rows is not None:
         _add_rows(out, site, source, kind, scale)
-        return
-    if not out.is_contiguous():
-        out.add_(make_noise(site, source, kind, scale, out).view(out.shape))
-        return
-    flat = out.view(-1)
-    for offset, part in site.chunks(CHUNK):
-        flat[offset : offset + part.count].add_(make_noise(part, source, kind, scale, flat))
+    elif out.is_contiguous():
+        _add_run(out.view(-1), site, source, kind, scale)
+    else:
+        dense = torch.zeros(out.shape, dtype=out.dtype, device=out.device)
+        _add_run(dense.view(-1), site, source, kind, scale)
+        out.add_(dense)
 
 
-def make_noise(site: Site, source: Stream, kind: str, scale: float | Tensor, like: Tensor) -> Tensor:
-    """scale * z[site] for a run of elements: (count,), dtype and device of `like`."""
-    per_block, maker = KINDS[kind]
-    first, last = site.start // per_block, -(-(site.start + site.count) // per_block)
-    blocks = torch.arange(first, last, device=like.device)
-    skip = site.start - first * per_block
-    return maker(source, site.id, blocks, scale, like).view(-1)[skip : skip + site.count]
+def _add_run(flat: Tensor, site: Site, source: Stream, kind: str, scale: float | Tensor) -> None:
+    """Noise of a run of elements."""
+    if kind == "gaussian":
+        for offset in range(0, site.count, CHUNK):
+            part = site.part(offset, min(CHUNK, site.count - offset))
+            first, last = part.start // 4, -(-(part.start + part.count) // 4)
+            made = _gaussian(source, site.id, torch.arange(first, last, device=flat.device), scale, flat).view(-1)
+            flat[offset : offset + part.count].add_(made[part.start - 4 * first :][: part.count])
+        return
+    table = TABLES[kind]
+    width, block = table.width, table.width * table.rows_per_block
+    first, last = site.start // block, -(-(site.start + site.count) // block)
+    index = _recent().row_numbers(table, source, site.id, first, last, flat.device)
+    rows = scaled_rows(table.book, scale, flat.dtype, flat.device)
+    skip = site.start - first * block  # elements of the first block that lie before the run
+    for offset in range(0, site.count, CHUNK):
+        count = min(CHUNK, site.count - offset)
+        top, bottom = (skip + offset) // width, -(-(skip + offset + count) // width)
+        made = _gather(rows, index[top:bottom]).view(-1)[skip + offset - top * width :][:count]
+        flat[offset : offset + count].add_(made)
 
 
 def _add_rows(out: Tensor, site: Site, source: Stream, kind: str, scale: float | Tensor) -> None:
-    """Noise of chosen rows: the codebook rows (or blocks) that cover each row, then the elements out of them."""
+    """Noise of chosen rows of a tensor: the units that cover each row, then the elements out of them."""
     assert site.rows is not None
     first = site.rows.to(out.device) * site.width  # (k,) number of each row's first element
-    if kind == "normal":
-        unit, maker = WIDTH, _normal_rows
+    unit = 4 if kind == "gaussian" else TABLES[kind].width
+    cover = site.width // unit if site.width % unit == 0 else (site.width - 1) // unit + 2  # units that a row can touch
+    units = ((first // unit)[:, None] + torch.arange(cover, device=out.device)).view(-1)  # (k * cover,)
+    if kind == "gaussian":
+        made = _gaussian(source, site.id, units, scale, out)
     else:
-        unit, maker = KINDS[kind]
-    cover = (site.width - 2) // unit + 2 if site.width > 1 else 1  # units that a row of this width can touch
-    if site.width % unit == 0:
-        cover = site.width // unit
-    units = (first // unit)[:, None] + torch.arange(cover, device=out.device)  # (k, cover)
-    made = maker(source, site.id, units.view(-1), scale, out).view(first.numel(), cover * unit)
+        table = TABLES[kind]
+        named = _row_numbers(table, source, site.id, units // table.rows_per_block).view(-1, table.rows_per_block)
+        index = named.gather(1, (units % table.rows_per_block)[:, None])[:, 0]
+        made = _gather(scaled_rows(table.book, scale, out.dtype, out.device), index)
+    made = made.view(first.numel(), cover * unit)
     if cover * unit != site.width:
         columns = (first % unit)[:, None] + torch.arange(site.width, device=out.device)
         made = made.gather(1, columns)
     out.view(first.numel(), site.width).add_(made)
+
+
+def _gaussian(source: Stream, site: int, blocks: Tensor, scale: float | Tensor, like: Tensor) -> Tensor:
+    """(b,) block numbers -> (b, 4) exact normals times scale."""
+    # Box-Muller in fp32 whatever the weight's dtype: 24 bits of each word, shifted by half a step so that log(0) cannot be
+    unit = ((words(source.key, site, blocks) >> 8).to(torch.float32) + 0.5) * 2.0**-24
+    radius = torch.sqrt(-2.0 * torch.log(unit[:, 0::2]))
+    angle = (2.0 * math.pi) * unit[:, 1::2]
+    z = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=2).view(-1, 4)
+    return z.to(like.dtype) * scale

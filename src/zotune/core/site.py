@@ -10,11 +10,9 @@ from torch import Tensor
 
 # Wrappers put these components into a parameter's name; they say nothing about the tensor.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# PEFT puts the adapter's name ("default") right behind these components.
-_NAMED_BY_ADAPTER = frozenset(
-    {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "prompt_encoder"}
-    | {"modules_to_save", "ia3_l", "vera_lambda_b", "vera_lambda_d"}
-)
+# PEFT puts the adapter's name ("default") right behind these components: modules, and parameters (then it ends the name).
+_ADAPTER_MODULES = frozenset({"lora_A", "lora_B", "lora_magnitude_vector", "prompt_encoder", "modules_to_save"})
+_ADAPTER_PARAMETERS = frozenset({"lora_embedding_A", "lora_embedding_B", "ia3_l", "vera_lambda_b", "vera_lambda_d"})
 _PEFT_PREFIX = ["base_model", "model"]
 
 
@@ -28,11 +26,11 @@ def canonical_name(name: str) -> str:
     if parts[:2] == _PEFT_PREFIX:
         parts = parts[2:]
     kept: list[str] = []
-    skip = False
-    for part in parts:
-        if not skip:
-            kept.append(part)
-        skip = part in _NAMED_BY_ADAPTER and not skip
+    for number, part in enumerate(parts, start=1):
+        behind = parts[number - 2] if number > 1 else ""
+        if behind in _ADAPTER_PARAMETERS or (behind in _ADAPTER_MODULES and number < len(parts)):
+            continue
+        kept.append(part)
     return ".".join(kept) or name
 
 

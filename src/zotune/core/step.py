@@ -49,7 +49,9 @@ class Rule(Protocol):
     name: ClassVar[str]
     extra_state: ClassVar[str]
 
-    def __call__(self, weight: Tensor, site: Any, estimate: Estimate, group: dict[str, Any], state: dict[str, Any]) -> None:
+    def __call__(
+        self, weight: Tensor, site: Any, estimate: Estimate, group: dict[str, Any], state: dict[str, Any]
+    ) -> None:
         """Change full-precision values of (a part of) one site in place.
 
         Args:
@@ -67,7 +69,9 @@ class Engine(Protocol):
 
     name: ClassVar[str]
     offers: ClassVar[frozenset[str]]
+    extra_memory: ClassVar[str]  # beside a forward pass
     reason: str  # why this engine works the way it does on this model
+    check_forwards: int  # forwards spent on looking at the model, beside those that methods ask for
 
     def losses(self, points: Sequence[Direction], closure: Closure, seed: int) -> Tensor:
         """The loss at each point, float64; `seed` fixes the common random numbers."""
@@ -83,7 +87,9 @@ class Outcome:
     accepted: bool
 
 
-def settle(method: Method, ctx: Context, estimate: Estimate, record: Callable[[Outcome], None], move: Callable[[], None]) -> Outcome:
+def settle(
+    method: Method, ctx: Context, estimate: Estimate, record: Callable[[Outcome], None], move: Callable[[], None]
+) -> Outcome:
     """The second half of a step: write down what was learned, then let it move the weights.
 
     Numbers that are not finite never reach the weights: such a step is recorded, counted and otherwise left out.
@@ -94,5 +100,3 @@ def settle(method: Method, ctx: Context, estimate: Estimate, record: Callable[[O
         method.observe(ctx, estimate)
         move()
     return outcome
-
-

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -58,6 +59,9 @@ class Storage(ABC):
     name: str
     bytes_per_parameter: int = 0
 
+    def begin(self, seed: int, step: int) -> None:  # noqa: B027 - most storages have nothing to do
+        """A step's update is about to be written; storages that draw random bits draw new ones for it."""
+
     @abstractmethod
     def read(self, slot: Slot, part: Site) -> Tensor:
         """Full-precision values of a part: a fresh tensor."""
@@ -101,13 +105,17 @@ class Stochastic(Plain):
     name = "stochastic"
 
     def __init__(self) -> None:
-        self.seed, self.step = 0, 0
+        self._bits = stream(0, "rounding", 0)
+
+    def begin(self, seed: int, step: int) -> None:
+        """See `Storage.begin`."""
+        self._bits = stream(seed, "rounding", step)
 
     def write(self, slot: Slot, part: Site, values: Tensor) -> None:
         """See `Storage.write`."""
         first, last = part.start // 8, -(-(part.start + part.count) // 8)
         blocks = torch.arange(first, last, device=values.device)
-        lanes = words(stream(self.seed, "rounding", self.step).key, part.id, blocks)
+        lanes = words(self._bits.key, part.id, blocks)
         bits = torch.stack((lanes & 0xFFFF, lanes >> 16), dim=2).view(-1)[part.start - first * 8 :][: part.count]
         low = _toward_zero(values, slot.tensor.dtype)
         high = torch.where(values == low.float(), low, _next_away(low, values))
@@ -127,7 +135,7 @@ class Carried(Storage):
         stored = slot.stored(part)
         if slot.carried is None:
             return stored.to(torch.float32)
-        carried = select(slot.carried, slot.site, part)
+        carried = select(slot.carried, slot.site, part).view(stored.shape)
         return _JOIN[slot.tensor.dtype](stored, carried)
 
     def write(self, slot: Slot, part: Site, values: Tensor) -> None:
@@ -136,7 +144,7 @@ class Carried(Storage):
             slot.carried = torch.zeros(slot.tensor.shape, dtype=torch.int16, device=slot.tensor.device)
         stored, carried = _SPLIT[slot.tensor.dtype](values)
         slot.stored(part).copy_(stored)
-        select(slot.carried, slot.site, part).copy_(carried)
+        select(slot.carried, slot.site, part).view(carried.shape).copy_(carried)
 
 
 STORAGES: dict[str, type[Storage]] = {"carry": Carried, "plain": Plain, "stochastic": Stochastic}
@@ -158,6 +166,7 @@ class Weights:
             self.slots[name] = Slot(site, tensor, low if tensor.dtype in LOW_PRECISION else exact)
         if len({slot.site.id for slot in self.slots.values()}) != len(self.slots):
             raise ParameterError("Two names hash to the same 64 bits; rename one of the tensors.")
+        _refuse_shared_memory(self.slots.values())
         self.by_tensor = {id(slot.tensor): slot for slot in self.slots.values()}
 
     def __iter__(self) -> Iterator[Slot]:
@@ -200,6 +209,18 @@ class Weights:
             values = slot.storage.read(slot, piece)
             change(values, piece)
             slot.storage.write(slot, piece, values)
+
+
+def _refuse_shared_memory(slots: Iterable[Slot]) -> None:
+    """Two sites in the same memory would be perturbed twice, and moved twice."""
+    tensors = [(str(slot.tensor.device), slot.tensor, slot.site.name) for slot in slots]
+    runs = sorted((device, t.data_ptr(), t.data_ptr() + t.nbytes, name) for device, t, name in tensors if t.nbytes)
+    for (here, _, end, one), (there, start, _, other) in pairwise(runs):
+        if here == there and start < end:
+            raise ParameterError(
+                f"The trained tensors {one!r} and {other!r} share memory, so one would be moved twice. Tie them by making "
+                "them the same nn.Parameter (named_parameters() then lists it once), or train only one of them."
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -19,5 +19,7 @@ def make_engine(engine: str, weights: Weights, method: Method) -> Engine:
     made: Engine = ENGINES["layerwise" if engine == "auto" else engine](weights)
     missing = method.needs - made.offers
     if missing:
-        raise ConfigError(f"Method {method.name!r} needs {', '.join(sorted(missing))}, which engine {made.name!r} does not offer.")
+        raise ConfigError(
+            f"Method {method.name!r} needs {', '.join(sorted(missing))}, which engine {made.name!r} does not offer."
+        )
     return made

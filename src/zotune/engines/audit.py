@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -15,12 +16,19 @@ from torch.utils._pytree import tree_iter
 from zotune.core.weights import Slot
 
 
-class ReadAudit(TorchDispatchMode):
+def memory_of(tensor: Tensor) -> int | None:
+    """The address of a tensor's memory, which its views share; None for sparse tensors, which have no memory of their own."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else None
+
+
+class ReadAudit(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the names of the sites whose stored memory is an input of any operation."""
 
     def __init__(self, slots: Iterable[Slot]) -> None:
-        super().__init__()
-        self.names = {slot.tensor.untyped_storage().data_ptr(): slot.site.name for slot in slots}
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: dict[int | None, set[str]] = {}  # one storage may hold several tensors, as of an LSTM on CUDA
+        for slot in slots:
+            self.names.setdefault(memory_of(slot.tensor), set()).add(slot.site.name)
         self.read: set[str] = set()
         self._paused = False
 
@@ -30,9 +38,7 @@ class ReadAudit(TorchDispatchMode):
         if not self._paused:
             for value in tree_iter((args, kwargs)):
                 if isinstance(value, Tensor):
-                    name = self.names.get(value.untyped_storage().data_ptr())
-                    if name is not None:
-                        self.read.add(name)
+                    self.read |= self.names.get(memory_of(value), set())
         return func(*args, **kwargs)
 
     @contextmanager

@@ -1,5 +1,7 @@
 """Do two engines give the same losses? Asked once, on a few small tensors, before the first step."""
 
+from collections.abc import Collection
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from zotune.core.direction import Direction, Scaled
@@ -10,6 +12,7 @@ from zotune.engines.query import ask
 
 MAX_NUMEL = 1 << 20  # at most this many elements are copied for the comparison
 MAX_SITES = 8
+NOT_A_FUNCTION = 1e-3  # a closure that differs from itself by more than this has no slope at the usual eps
 
 
 class Perturbing(Protocol):
@@ -17,17 +20,9 @@ class Perturbing(Protocol):
 
     weights: Weights
 
-    def at(self, point: Direction, only: set[str] | None = None) -> "AbstractContext":
+    def at(self, point: Direction, only: Collection[str] | None = None) -> AbstractContextManager[None]:
         """The closure sees the perturbed weights inside the block."""
         ...
-
-
-class AbstractContext(Protocol):
-    """A context manager."""
-
-    def __enter__(self) -> object: ...
-
-    def __exit__(self, *exception: object) -> bool | None: ...
 
 
 def compare_engines(
@@ -55,12 +50,18 @@ def compare_engines(
         return 2
     # Engines may multiply in another order, and some kernels are not deterministic: allow for both.
     again, here = loss(engine), loss(None)
+    if abs(ours - again) > NOT_A_FUNCTION * (1 + abs(here)):
+        raise EngineError(
+            f"The closure is not a function of the weights: asked twice at the same point it gave {ours!r} and {again!r}. "
+            "If it draws a new batch each time it is called, move that out of it: all queries of a step must see one "
+            "batch. If its randomness is wanted, use engine='in_place'."
+        )
     allowed = 0.05 * abs(theirs - here) + 4 * abs(ours - again) + 1e-6 * (1 + abs(here))
     if abs(ours - theirs) > allowed:
         raise EngineError(
             f"Engines disagree: perturbing {len(sample)} tensors ({', '.join(sample[:3])}, ...) gives the loss {ours!r} "
-            f"layer by layer and {theirs!r} in place (unperturbed {here!r}, asked again {again!r}). If the closure draws a "
-            "new batch each time it is called, move that out of it; otherwise use engine='in_place' and report this model."
+            f"layer by layer and {theirs!r} in place (unperturbed {here!r}, asked again {again!r}). "
+            "Use engine='in_place' and report this model."
         )
     return 4
 

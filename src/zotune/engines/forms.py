@@ -46,8 +46,9 @@ def linear_chunks(module: nn.Module, site: Site, perturbed: Perturbed, limit: in
 
 def form_for(module: nn.Module, site: Site) -> Form | None:
     """The replacement for a module's forward, if there is one and it is worth it."""
-    if "forward" in vars(module) or module._parameters.get("weight") is None:
-        return None  # somebody else has put a forward there, such as accelerate's device hooks
+    weight = module._parameters.get("weight")
+    if "forward" in vars(module) or weight is None or not weight.is_contiguous():
+        return None  # somebody else has put a forward there, such as accelerate's device hooks; or pieces are not runs
     if type(module) is nn.Embedding and module.max_norm is None:
         return embedding_rows
     if type(module) is nn.Linear and site.numel >= MIN_NUMEL:

@@ -56,7 +56,7 @@ class InPlace:
                 self.weights.perturb(slot, slot.site, point, slot.tensor)
             yield
         finally:
-            for slot, before in saved:
+            for slot, before in reversed(saved):
                 slot.tensor.copy_(before)
 
     def _survey(self, closure: Closure, seed: int) -> None:
@@ -68,7 +68,9 @@ class InPlace:
         self._unread = set(self.weights.slots) - audit.read
 
 
-def refuse_standing_still(answers: Sequence[float], points: Sequence[Direction], unread: Collection[str], weights: Weights) -> None:
+def refuse_standing_still(
+    answers: Sequence[float], points: Sequence[Direction], unread: Collection[str], weights: Weights
+) -> None:
     """Equal losses at different points, from a closure that reads no trained tensor, cannot train anything.
 
     Equal losses alone are no fault (accuracy is a step function), nor are reads that were not seen (a compiled model).

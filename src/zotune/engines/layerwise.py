@@ -11,7 +11,7 @@ well (a functional call, a penalty on the weights in the closure, nn.MultiheadAt
 place from then on. `reason` says what was found.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ from zotune.core.direction import HERE, Direction
 from zotune.core.site import Site
 from zotune.core.step import Closure
 from zotune.core.weights import Slot, Weights
-from zotune.engines.audit import ReadAudit
+from zotune.engines.audit import ReadAudit, memory_of
 from zotune.engines.check import compare_engines
 from zotune.engines.forms import MIN_NUMEL, Form, form_for
 from zotune.engines.in_place import InPlace, refuse_standing_still
@@ -50,10 +50,13 @@ class Layerwise:
         self.in_place = InPlace(weights, "for tensors that are read outside their module")
         self.direct: set[str] = set()  # sites that hooks do not reach: perturbed in place
         self._forms: list[tuple[nn.Module, Slot, Form]] = []
-        self._owners: set[str] | None = None
+        self._owned: dict[tuple[int, int], tuple[nn.Module, Slot]] = {}  # by module and parameter, from all looks
+        self._owners: set[str] | None = None  # names of what is owned; None: look again before the next query
+        self._leaks: set[str] = set()
+        self._modes: list[tuple[nn.Module, bool]] = []  # train or eval, when last looked at
         self._unread: set[str] = set()
         self._point: Direction = HERE
-        self._only: set[str] | None = None
+        self._only: Collection[str] | None = None
         self._audit: ReadAudit | None = None
         self._running: list[tuple[nn.Module, Replaced]] = []
         self._met: set[str] = set()
@@ -64,9 +67,9 @@ class Layerwise:
 
     def losses(self, points: Sequence[Direction], closure: Closure, seed: int) -> Tensor:
         """See `Engine.losses`."""
-        if self._owners is None:
-            self._survey(closure, seed)
-            self._find_leaks(next((p for p in points if p is not HERE), None), closure, seed)
+        # Some modules read other tensors in eval mode (the fast path of nn.TransformerEncoderLayer): look again then.
+        if self._owners is None or any(module.training != mode for module, mode in self._modes):
+            self._look(next((p for p in points if self._moves(p)), None), closure, seed)
         answers = []
         for point in points:
             self._met = set()
@@ -78,12 +81,12 @@ class Layerwise:
         return as_losses(answers)
 
     @contextmanager
-    def at(self, point: Direction, only: set[str] | None = None) -> Iterator[None]:
+    def at(self, point: Direction, only: Collection[str] | None = None) -> Iterator[None]:
         """Modules called inside the block see the perturbed weights."""
-        if not any(point.touches(slot.site) for slot in self.weights):
+        if not self._moves(point):
             yield
             return
-        direct = self.direct if only is None else self.direct & only
+        direct = self.direct if only is None else self.direct.intersection(only)
         self._point, self._only = point, only
         with self.in_place.at(point, direct) if direct else nullcontext(), self._hooked(self._enter):
             try:
@@ -95,6 +98,9 @@ class Layerwise:
                 while self._running:  # only after an exception inside a hook
                     self._leave(self._running[-1][0])
                 self._point, self._only = HERE, None
+
+    def _moves(self, point: Direction) -> bool:
+        return any(point.touches(slot.site) for slot in self.weights)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Hooks
@@ -129,10 +135,10 @@ class Layerwise:
         _, replaced = self._running.pop()
         if not replaced:
             return
-        kept = {t.untyped_storage().data_ptr() for t in tree_iter(output) if isinstance(t, Tensor)}
+        kept = {memory_of(t) for t in tree_iter(output) if isinstance(t, Tensor)}
         for attribute, parameter, scratch in replaced:
             module._parameters[attribute] = parameter
-            if scratch.untyped_storage().data_ptr() not in kept:  # a module may hand out its weight itself
+            if memory_of(scratch) not in kept:  # a module may hand out its weight itself
                 self._scratch.give(scratch)
 
     def _swaps(self, slot: Slot) -> bool:
@@ -158,34 +164,44 @@ class Layerwise:
                 return out
 
             def forward(
-                module: nn.Module, x: Tensor, form: Form = form, slot: Slot = slot, perturbed: Any = perturbed
+                module: nn.Module, input: Tensor, form: Form = form, slot: Slot = slot, perturbed: Any = perturbed
             ) -> Tensor:
-                return form(module, slot.site, perturbed, limit, x)
+                return form(module, slot.site, perturbed, limit, input)
 
             module.forward = MethodType(forward, module)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Looking at the model, once
 
+    def _look(self, point: Direction | None, closure: Closure, seed: int) -> None:
+        try:
+            self._survey(closure, seed)
+            self._find_leaks(point, closure, seed)
+        except BaseException:
+            self._owners = None  # half a look would miss leaks: look again at the next query
+            raise
+
     def _survey(self, closure: Closure, seed: int) -> None:
         """One forward at the current weights: is the loss a number, which modules own what, what is read at all?"""
-        owners: dict[int, tuple[nn.Module, Slot]] = {}
+        modes: dict[int, tuple[nn.Module, bool]] = {}
 
         def look(module: nn.Module, args: Any = ()) -> None:
+            modes[id(module)] = (module, module.training)
             for parameter in module._parameters.values():
                 slot = self.weights.by_tensor.get(id(parameter))
                 if slot is not None:
-                    owners[id(module), id(parameter)] = (module, slot)  # type: ignore[index]
+                    self._owned[id(module), id(parameter)] = (module, slot)
 
         audit = ReadAudit(self.weights)
         with self._hooked(look), audit:
             check_here(ask(closure, self.weights, seed))
         self.check_forwards += 1
-        self._owners = {slot.site.name for _, slot in owners.values()}
+        self._modes = list(modes.values())
+        self._owners = {slot.site.name for _, slot in self._owned.values()}
         self._unread = set(self.weights.slots) - audit.read
-        self.direct = set(self.weights.slots) - self._owners
+        self.direct = (set(self.weights.slots) - self._owners) | self._leaks
         self._forms = []
-        for module, slot in owners.values():
+        for module, slot in self._owned.values():
             form = form_for(module, slot.site) if module._parameters.get("weight") is slot.tensor else None
             if form is not None:
                 self._forms.append((module, slot, form))
@@ -205,6 +221,7 @@ class Layerwise:
             finally:
                 leaks, self._audit = self._audit.read, None
             self.check_forwards += 1
+            self._leaks |= leaks
             self.direct |= leaks
             hooked -= leaks
         if hooked:

@@ -1,6 +1,7 @@
 """One query: run the closure at some weights under common random numbers and read one number."""
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def as_number(answer: Any) -> float:
                 "Reduce it, for example with .mean()."
             )
         return float(answer.detach().double().item())
-    if isinstance(answer, bool) or not isinstance(answer, int | float):
+    if isinstance(answer, bool) or not isinstance(answer, Real):
         raise ClosureError(
             f"The closure returned {type(answer).__name__}; a loss is needed, as a 0-d tensor or a float. "
             "Does it end with `return loss`?"

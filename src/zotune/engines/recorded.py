@@ -15,12 +15,14 @@ class Recorded:
     """Gives back the losses of one step, in the order in which they were asked for."""
 
     name: ClassVar[str] = "recorded"
-    offers: ClassVar[frozenset[str]] = frozenset({"activations", "low_rank"})  # nothing is computed, so nothing is missing
+    offers: ClassVar[frozenset[str]] = frozenset(
+        {"activations", "low_rank"}
+    )  # nothing is computed, so nothing is missing
     extra_memory: ClassVar[str] = "none"
-    check_forwards: ClassVar[int] = 0
 
     def __init__(self, losses: Sequence[float], step: int) -> None:
         self.reason = "replays a ledger"
+        self.check_forwards = 0
         self._losses, self._step = list(losses), step
 
     def losses(self, points: Sequence[Direction], closure: Closure, seed: int) -> Tensor:

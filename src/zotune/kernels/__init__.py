@@ -1,0 +1,1 @@
+"""Kernels: where noise comes from. Needs torch and numpy alone."""

@@ -38,7 +38,9 @@ def _base_words(lane: int) -> np.ndarray:
     """(BASE_ROWS, WIDTH) fixed random words."""
     index = np.arange(BASE_ROWS * WIDTH, dtype=np.uint64)
     zeros = np.zeros_like(index)
-    return philox_numpy((index & np.uint64(MASK), zeros, zeros.copy(), zeros.copy()), _KEY)[lane].reshape(BASE_ROWS, WIDTH)
+    return philox_numpy((index & np.uint64(MASK), zeros, zeros.copy(), zeros.copy()), _KEY)[lane].reshape(
+        BASE_ROWS, WIDTH
+    )
 
 
 def _walsh() -> np.ndarray:
@@ -79,7 +81,7 @@ BOOKS = {"normal": normal_rows, "rademacher": sign_rows}
 
 
 def scaled_rows(book: str, scale: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`scale` times the codebook, one rounding each. A 0-d tensor is multiplied without reading it on the host."""
-    if isinstance(scale, Tensor):
+    """`scale` times the codebook, one rounding each. A 0-d tensor on a GPU is multiplied without reading it on the host."""
+    if isinstance(scale, Tensor) and scale.device.type != "cpu":
         return BOOKS[book](dtype, device) * scale.to(device=device, dtype=dtype)
     return _scaled(book, float(scale), dtype, device)

@@ -40,7 +40,9 @@ class MeZO:
         if self.n < 1:
             raise ConfigError(f"n must be at least 1 direction per step; got {self.n} (method 'mezo').")
         if self.sides not in (1, 2):
-            raise ConfigError(f"sides must be 1 (forward) or 2 (central differences); got {self.sides} (method 'mezo').")
+            raise ConfigError(
+                f"sides must be 1 (forward) or 2 (central differences); got {self.sides} (method 'mezo')."
+            )
 
     @property
     def forwards(self) -> float:

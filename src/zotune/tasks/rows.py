@@ -39,7 +39,7 @@ def load_rows(task: Task, *, data_folder: Path | None = None, say: Say = silent)
     elif task.hub is not None:
         rows = _load_hub(task.hub, task.name, say)
     else:
-        raise DataError(f"task {task.name!r} has no rows of its own; give a folder with train.jsonl and validation.jsonl.")
+        raise DataError(f"task {task.name!r} brings no rows; give a folder with train.jsonl and validation.jsonl.")
     for split in SPLITS:
         where = f"{Path(data_folder) / split}.jsonl" if data_folder is not None else f"the {split} split"
         make_examples(task, rows[split], where=where)
@@ -70,12 +70,12 @@ def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
     except ValueError as error:  # both bad UTF-8 and bad JSON
         raise DataError(f"{path}, line {number}, is not JSON in UTF-8: {error}.") from error
     if not isinstance(row, dict):
-        raise DataError(f"{path}, line {number}, holds {type(row).__name__}; an object like {{\"label\": 1}} is needed.")
+        raise DataError(f"{path}, line {number}, holds a {type(row).__name__}; a JSON object is needed.")
     return row
 
 
 def choose_rows(rows: Sequence[Item], count: int | None, *, seed: int) -> list[Item]:
-    """Choose ``count`` rows in random order: the head of a permutation, so a larger count contains a smaller one's rows.
+    """Choose ``count`` rows in random order: the head of a permutation, so a larger count contains a smaller one.
 
     Args:
         rows: what to choose from.
@@ -103,9 +103,9 @@ def _load_hub(hub: HubSource, task_name: str, say: Say) -> dict[str, Rows]:
             table = datasets.load_dataset(hub.path, hub.config, split=name)
         except Exception as error:  # connection, missing set, missing split, bad cache: each its own kind
             raise DataError(
-                f"task {task_name!r} cannot be loaded from the hub ({hub.path}, split {name!r}): {error}\nOffline, give "
-                "a folder with train.jsonl and validation.jsonl, or take the task 'vader_movie', whose rows come with "
-                "a Python package."
+                f"task {task_name!r} cannot be loaded from the hub ({hub.path}, split {name!r}): {error}\n"
+                "Offline, give a folder with train.jsonl and validation.jsonl, or take the task 'vader_movie', whose "
+                "rows come with a Python package."
             ) from error
         rows[split] = [dict(row) for row in table]
     return rows

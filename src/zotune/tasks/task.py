@@ -53,7 +53,7 @@ class Task:
         if len(self.options) < 2:
             raise ConfigError(f"task {self.name!r} has {len(self.options)} option(s); a choice needs at least 2.")
         if empty := [label for label, text in self.options.items() if not text.strip()]:
-            raise ConfigError(f"task {self.name!r} has no option text for label {empty[0]!r}; the model must say something.")
+            raise ConfigError(f"task {self.name!r} has an empty option for label {empty[0]!r}; words are needed.")
 
     @property
     def needed_fields(self) -> tuple[str, ...]:
@@ -104,7 +104,9 @@ def make_examples(task: Task, rows: Sequence[Row], *, where: str = "") -> list[E
         DataError: there are no rows, or one of them does not fit the task.
     """
     if not rows:
-        raise DataError(f"there are no rows{f' in {where}' if where else ''} for task {task.name!r}; at least one is needed.")
+        raise DataError(
+            f"there are no rows{f' in {where}' if where else ''} for task {task.name!r}; one or more are needed."
+        )
     return [make_example(task, row, index=index, where=where) for index, row in enumerate(rows)]
 
 

@@ -1,0 +1,93 @@
+"""Peak memory of a step above inference, one process per candidate.
+
+    python benchmarks/memory.py [--model smollm2-135m] [--shape 1x32] [--dtype fp32] [--json FILE]
+
+CPU: the kernel's high-water mark of resident memory, reset before the measured call. CUDA: torch's peak of allocated
+memory. Numbers are MiB above what was resident before the call, and as a share of the trained weights.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import DTYPES, SHAPES, load, machine, make_closure, write
+from literal_mezo import LiteralMeZO
+
+import zotune
+
+CANDIDATES = ("forward", "zotune layerwise", "zotune in_place", "literal four-pass loop")
+
+
+def peak(device: str) -> int:
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def reset(device: str) -> int:
+    """Start a new peak; returns what is in use now."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak(device)
+
+
+def measure(arguments: argparse.Namespace, candidate: str) -> dict[str, float]:
+    model = load(arguments.model, DTYPES[arguments.dtype], arguments.device)
+    closure = make_closure(model, SHAPES[arguments.shape], arguments.loss)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+
+    def forward() -> Any:
+        with torch.inference_mode():
+            return closure()
+
+    calls = {"forward": forward}
+    if candidate.startswith("zotune"):
+        opt = zotune.ZO(model.named_parameters(), lr=0.0, eps=1e-2, engine=candidate.split()[1])
+        calls[candidate] = lambda: opt.step(closure)
+    elif candidate != "forward":
+        literal = LiteralMeZO(model, lr=0.0, eps=1e-2)
+        calls[candidate] = lambda: literal.step(closure)
+    before = reset(arguments.device)
+    calls[candidate]()
+    return {"mib": (peak(arguments.device) - before) / 2**20, "weights_mib": weights / 2**20}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--shape", default="1x32", choices=list(SHAPES))
+    parser.add_argument("--dtype", default="fp32", choices=list(DTYPES))
+    parser.add_argument("--loss", choices=("last", "all"), default="last")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--candidate", help="measure one, in this process")
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    if arguments.candidate:
+        print(json.dumps(measure(arguments, arguments.candidate)))
+        return
+    result: dict[str, Any] = {"command": " ".join(sys.argv), "machine": machine(), "peaks": {}}
+    print(f"{arguments.model}, {arguments.shape}, {arguments.dtype}: peak above what was resident before")
+    for candidate in CANDIDATES:
+        own = [a for a in sys.argv[1:] if not a.startswith("--json")]
+        run = subprocess.run(
+            [sys.executable, __file__, *own, "--candidate", candidate], capture_output=True, text=True, check=True
+        )
+        numbers = json.loads(run.stdout.splitlines()[-1])
+        result["peaks"][candidate] = numbers
+        above = numbers["mib"] - result["peaks"]["forward"]["mib"]
+        share = above / numbers["weights_mib"]
+        print(
+            f"{candidate:24} {numbers['mib']:8.0f} MiB, above a forward {above:8.0f} MiB = {share:.1%} of the weights"
+        )
+    write(arguments.json, result)
+
+
+if __name__ == "__main__":
+    main()

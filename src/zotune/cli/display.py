@@ -1,0 +1,142 @@
+"""What people see: the plan, a progress bar, tables."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from zotune.config import TrainConfig
+from zotune.evaluate import Evaluation
+from zotune.job import Listener
+from zotune.methods import METHODS, make_method
+
+console = Console()
+QUIET_SECONDS = 30.0  # without a terminal, a line this often stands in for the bar
+
+
+class Display(Listener):
+    """Draws a run on the terminal; in a log file, writes a line now and then."""
+
+    def __init__(self, steps: int) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not sys.stdout.isatty(),
+        )
+        self._steps = steps
+        self._training: Any = None
+        self._evaluation: Any = None
+        self._began: tuple[float, int] | None = None
+        self._spoke = time.monotonic()
+        self._loss = 0.0
+
+    def __enter__(self) -> "Display":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def say(self, message: str) -> None:
+        """See `Listener.say`."""
+        console.print(f"[dim]{message}[/]", highlight=False, soft_wrap=True)
+
+    def plan(self, facts: dict[str, str]) -> None:
+        """See `Listener.plan`."""
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in facts.items():
+            table.add_row(f"[bold]{name}[/]", value)
+        console.print(table)
+
+    def counter(self, what: str) -> Callable[[int, int], None]:
+        """A progress function for one evaluation."""
+        return lambda done, total: self.evaluating(done, total, what)
+
+    def evaluating(self, done: int, total: int, what: str) -> None:
+        """See `Listener.evaluating`."""
+        if self._evaluation is None:
+            self._evaluation = self._progress.add_task(f"evaluating {what}", total=total, note="")
+        self._progress.update(self._evaluation, completed=done)
+        if done >= total:
+            self._progress.remove_task(self._evaluation)
+            self._evaluation = None
+
+    def step(self, step: int, loss: float, forwards: int) -> None:
+        """See `Listener.step`."""
+        now = time.monotonic()
+        if self._training is None:
+            self._training = self._progress.add_task("training", total=self._steps, note="", completed=step - 1)
+            self._began, self._loss = (now, forwards), loss
+        assert self._began is not None
+        self._loss += 0.05 * (loss - self._loss)
+        seconds, done = now - self._began[0], forwards - self._began[1]
+        speed = f", {done / seconds:.2f} forwards/s" if done else ""
+        note = f"loss {self._loss:.3f}{speed}"
+        self._progress.update(self._training, completed=step, note=note)
+        if self._progress.disable and now - self._spoke > QUIET_SECONDS:
+            self._spoke = now
+            left = f", {seconds / done * (self._steps - step) * forwards / step:.0f} s left" if done else ""
+            console.print(f"step {step}/{self._steps}, {note}{left}", highlight=False)
+
+    def evaluated(self, line: dict[str, Any]) -> None:
+        """See `Listener.evaluated`."""
+        text = f"step {line['step']:>5}: held-out accuracy {_share(line)}, loss {line['loss']:.3f}"
+        if "prior_corrected" in line:
+            text += f"; prior-corrected {_share(line['prior_corrected'])}, loss {line['prior_corrected']['loss']:.3f}"
+        console.print(text, highlight=False)
+
+
+def show_results(results: dict[str, Any], folder: Path) -> None:
+    """Accuracy before and after, with the baseline that keeps it honest."""
+    table = Table(
+        title=f"{results['heldout_rows']} held-out examples, {results['forwards']:,} forward passes of training"
+    )
+    for heading in ("", "accuracy (1 standard error)", "loss"):
+        table.add_column(heading)
+    names = {"before": "before", "prior_corrected": "prior-corrected, weights untouched", "after": "after"}
+    for key, name in names.items():
+        table.add_row(name, _share(results[key]), f"{results[key]['loss']:.3f}")
+    console.print(table)
+    console.print(
+        "Prior-corrected: one bias per option fitted on training rows. What training gains beyond it is more than a "
+        f"shifted prior.\nRun folder: {folder}  (curves.png, ledger.jsonl, model/)",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def show_evaluation(plain: Evaluation, corrected: Evaluation, config: TrainConfig) -> None:
+    """Zero-shot numbers beside the prior-corrected ones."""
+    table = Table(title=f"{config.model} on {config.task}, {len(plain.labels)} held-out examples")
+    for heading in ("", "accuracy (1 standard error)", "loss"):
+        table.add_column(heading)
+    for name, e in (("as it is", plain), ("prior-corrected", corrected)):
+        table.add_row(name, f"{e.accuracy:.3f} ± {e.standard_error:.3f}", f"{e.mean_loss:.3f}")
+    console.print(table)
+
+
+def show_methods() -> None:
+    """One row per method."""
+    table = Table()
+    for heading in ("method", "paper", "forwards per step", "extra memory per parameter", "needs"):
+        table.add_column(heading)
+    for name in METHODS:
+        method = make_method(name)
+        needs = ", ".join(sorted(method.needs)) or "nothing"
+        table.add_row(name, method.paper, f"{method.forwards:g}", method.extra_state, needs)
+    console.print(table)
+
+
+def _share(numbers: dict[str, Any]) -> str:
+    return f"{numbers['accuracy']:.3f} ± {numbers['standard_error']:.3f}"

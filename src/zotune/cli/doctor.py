@@ -1,0 +1,68 @@
+"""`zotune doctor`: what this machine offers, and what is off, and why."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from zotune.cache import cache_folder
+from zotune.packaged import ALIAS
+from zotune.precision import choose_precision, native_bf16
+from zotune.version import __version__
+
+# library, the extra that brings it, what is off without it
+OPTIONAL = (
+    ("transformers", "hf", "language models"),
+    ("accelerate", "hf", "loading GGUF files"),
+    ("gguf", "demo", "the packaged model"),
+    ("peft", "hf", "LoRA, prefix and prompt tuning"),
+    ("datasets", "hf", "rows from the hub"),
+    ("matplotlib", "plot", "curves of a run"),
+)
+
+
+def show_doctor() -> None:
+    """Print versions, devices and features."""
+    console = Console()
+    facts = {
+        "zotune": __version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} processors",
+        "CPU bf16 products": "yes" if native_bf16() else "no: bf16 forwards would be slower than fp32 here",
+        **_devices(),
+        "precision 'auto' on the CPU": choose_precision("auto", torch.device("cpu")).reason,
+        "noise": "table noise in pure torch and numpy; fused kernels are not built yet",
+        "cache": f"{cache_folder()}{'' if cache_folder().is_dir() else ' (not made yet)'}",
+        f"packaged model {ALIAS}": "converted" if _converted() else "not fetched yet; the first run does it",
+    }
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in facts.items():
+        table.add_row(f"[bold]{name}[/]", value)
+    for library, extra, purpose in OPTIONAL:
+        table.add_row(f"[bold]{library}[/]", _library(library, extra, purpose))
+    console.print(table)
+
+
+def _devices() -> dict[str, str]:
+    if not torch.cuda.is_available():
+        why = "torch was built without CUDA" if torch.version.cuda is None else "no CUDA device was found"
+        return {"GPU": f"none: {why}"}
+    found = {}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found[f"GPU {index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return found
+
+
+def _library(name: str, extra: str, purpose: str) -> str:
+    if importlib.util.find_spec(name) is None:
+        return f'off: {purpose}. Install it with pip install "zotune\\[{extra}]"'
+    return f"{importlib.metadata.version(name)}: {purpose}"
+
+
+def _converted() -> bool:
+    return cache_folder().is_dir() and any(cache_folder().glob("*smollm2*/config.json"))

@@ -1,0 +1,67 @@
+"""Options of a command, made from the fields of `TrainConfig`, so that settings are declared once."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from zotune.config import TrainConfig
+from zotune.core.errors import ConfigError
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option per field of `TrainConfig`, so that settings are declared once.
+
+    The command gets the recipe and a dict of the settings that were given.
+    """
+
+    def wrapper(recipe: Path | None = None, **options: Any) -> None:
+        given = {key: value for key, value in options.items() if value not in (None, [])}
+        if "method_options" in given:
+            given["method_options"] = dict(_pair(text) for text in given["method_options"])
+        command(recipe, given)
+
+    parameters = [
+        inspect.Parameter(
+            "recipe",
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=None,
+            annotation=Annotated[Path | None, typer.Argument(help="YAML recipe; options below override it.")],
+        )
+    ]
+    for setting in fields(TrainConfig):
+        kind: Any = {"int": int, "float": float}.get(_plain(setting.type), str)
+        flag, kind = ("--method-option", list[str]) if setting.name == "method_options" else (_flag(setting.name), kind)
+        default = (
+            "" if setting.name == "method_options" or setting.default is None else f" [default: {setting.default}]"
+        )
+        option = typer.Option(flag, help=setting.metadata["help"] + default, show_default=False)
+        parameters.append(
+            inspect.Parameter(
+                setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+            )
+        )
+    wrapper.__name__ = command.__name__
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    wrapper.__doc__ = command.__doc__
+    return wrapper
+
+
+def _plain(kind: Any) -> str:
+    return (kind.__name__ if isinstance(kind, type) else str(kind)).replace(" | None", "")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(f"--method-option takes name=value, got {text!r}.")
+    return key.strip(), yaml.safe_load(value)

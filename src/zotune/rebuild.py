@@ -1,0 +1,55 @@
+"""Rebuild a trained model from its base model and the run's ledger, and check it by hash."""
+
+from pathlib import Path
+
+import torch
+
+from zotune.core.errors import LedgerError
+from zotune.core.ledger import read_ledger, weights_hash
+from zotune.job import Listener
+from zotune.models import load_model
+from zotune.replay import optimizer_for, replay
+from zotune.run_folder import save_model
+
+
+def rebuild(base: str, ledger_path: Path, out: Path, listener: Listener) -> str:
+    """Load the base model, replay the ledger on it, save the result, and say by hash whether it is the trained model.
+
+    Raises:
+        LedgerError: the ledger is damaged, was written for another base model, or the rebuilt weights differ.
+        ModelError: the base model cannot be loaded.
+    """
+    ledger = read_ledger(ledger_path)
+    if out.exists():
+        raise LedgerError(f"{out} exists already; name a new folder with --out.")
+    origin = ledger.header.get("base") or {}
+    dtype = getattr(torch, origin["dtype"]) if "dtype" in origin else None
+    listener.say(f"loading {base}")
+    model, tokenizer = load_model(base, dtype=dtype, say=listener.say)
+    trained = [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
+    found = weights_hash(trained)
+    if "weights" in origin and found != origin["weights"]:
+        raise LedgerError(
+            f"{base} is not the base model of this ledger: its weights hash to {found[:16]}, the ledger began at "
+            f"{origin['weights'][:16]} ({origin.get('model')})."
+        )
+    opt = optimizer_for(trained, ledger)
+    steps = len(ledger.entries)
+
+    def progress(step: int) -> None:
+        listener.evaluating(step + 1, steps, "replayed steps")
+
+    replay(opt, ledger.entries, progress=progress)
+    digest = weights_hash((name, slot.tensor) for name, slot in opt.weights.slots.items())
+    if ledger.weights is not None and digest != ledger.weights:
+        raise LedgerError(
+            f"The rebuilt weights hash to {digest[:16]}, the run's to {ledger.weights[:16]}. Exact Gaussian noise agrees "
+            "only on the same kind of device; otherwise the ledger or the base model was changed."
+        )
+    save_model(out, model, tokenizer)
+    verdict = (
+        "equal to the trained model's"
+        if ledger.weights is not None
+        else "the run had not ended, nothing to compare with"
+    )
+    return f"{steps} steps replayed without data; weights sha256 {digest} ({verdict}); model in {out}"

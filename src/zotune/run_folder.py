@@ -1,0 +1,123 @@
+"""The run folder: what a run leaves behind, written so that a kill or a full disk loses nothing acknowledged.
+
+run.json           settings and versions
+ledger.jsonl       every loss: with the base weights, the run itself
+metrics.jsonl      held-out accuracy and loss as training went on
+snapshot.pt        weights and optimizer state of some step, to resume from quickly (removed at the end)
+results.json       accuracy before and after, beside the prior-corrected baseline
+curves.png         loss and accuracy against forward passes
+model/             the trained model and its tokenizer
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zotune.core.errors import ConfigError
+from zotune.optimizer import ZO
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write under a temporary name, then rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class RunFolder:
+    """Paths and safe reads and writes of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.ledger = self.path / "ledger.jsonl"
+        self.metrics = self.path / "metrics.jsonl"
+        self.snapshot = self.path / "snapshot.pt"
+        self.results = self.path / "results.json"
+        self.curves = self.path / "curves.png"
+        self.model = self.path / "model"
+        self._settings = self.path / "run.json"
+
+    def claim(self, settings: dict[str, Any]) -> bool:
+        """Make the folder for these settings, or find that it is theirs already.
+
+        Returns:
+            True if a run with these settings was begun here.
+
+        Raises:
+            ConfigError: the folder holds a run with other settings, or something else.
+        """
+        if not self._settings.is_file():
+            if self.path.exists() and any(self.path.iterdir()):
+                raise ConfigError(f"{self.path} is not empty and holds no run. Name another folder with --out.")
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self._settings, settings)
+            return False
+        before = json.loads(self._settings.read_text(encoding="utf-8"))
+        different = [key for key in settings if key != "out" and before.get(key) != settings[key]]
+        if different:
+            changes = "; ".join(f"{key} was {before.get(key)!r}, now {settings[key]!r}" for key in different)
+            raise ConfigError(
+                f"{self.path} holds a run with other settings ({changes}). "
+                "Name another folder with --out, or give the same settings to resume it."
+            )
+        return True
+
+    def save_snapshot(self, opt: ZO) -> None:
+        """Weights and optimizer state of this step, whole or not at all."""
+        temporary = self.snapshot.with_name(".snapshot.pt.tmp")
+        weights = {name: slot.tensor.detach() for name, slot in opt.weights.slots.items()}
+        with temporary.open("wb") as file:
+            torch.save({"weights": weights, "optimizer": opt.state_dict()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.snapshot)
+
+    def load_snapshot(self, opt: ZO) -> None:
+        """Take up the snapshot, if there is one."""
+        if not self.snapshot.is_file():
+            return
+        state = torch.load(self.snapshot, map_location="cpu", weights_only=True)
+        with torch.no_grad():
+            for name, slot in opt.weights.slots.items():
+                slot.tensor.copy_(state["weights"][name])
+        opt.load_state_dict(state["optimizer"])
+
+    def save_model(self, model: Any, tokenizer: Any) -> None:
+        """The model in the standard format, whole or not at all."""
+        save_model(self.model, model, tokenizer)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Evaluations so far; a torn last line is left out."""
+        if not self.metrics.is_file():
+            return []
+        lines = self.metrics.read_bytes().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+    def write_metrics(self, metrics: list[dict[str, Any]]) -> None:
+        """All evaluations, under a temporary name first."""
+        temporary = self.metrics.with_name(".metrics.jsonl.tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in metrics), encoding="utf-8")
+        os.replace(temporary, self.metrics)
+
+
+def trained_on(model: str) -> str | None:
+    """The task that a model in a run folder was trained on; None for any other model."""
+    settings = Path(model).parent / "run.json"
+    if not (Path(model).is_dir() and settings.is_file()):
+        return None
+    task: str = json.loads(settings.read_text(encoding="utf-8"))["task"]
+    return task
+
+
+def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    """`save_pretrained` of model and tokenizer into a new folder, whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)

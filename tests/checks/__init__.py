@@ -1,0 +1,1 @@
+"""Claims as functions: the real tests call them, and the mutation tests show that they can fail."""

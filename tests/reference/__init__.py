@@ -1,0 +1,1 @@
+"""Readable twins: the methods written as plain loops, for comparison."""

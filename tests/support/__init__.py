@@ -1,0 +1,1 @@
+"""Small models and instruments for the tests."""
