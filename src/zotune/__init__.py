@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from zotune.core.ledger import Ledger, read_ledger
     from zotune.methods.mezo import MeZO
     from zotune.optimizer import ZO
-    from zotune.replay import replay
+    from zotune.replaying import replay
 
 _HOMES = {
     "ZO": "zotune.optimizer",
@@ -21,7 +21,7 @@ _HOMES = {
     "MeZO": "zotune.methods.mezo",
     "ZotuneError": "zotune.core.errors",
     "read_ledger": "zotune.core.ledger",
-    "replay": "zotune.replay",
+    "replay": "zotune.replaying",
 }
 
 __all__ = ["ZO", "Ledger", "MeZO", "ZotuneError", "__version__", "read_ledger", "replay"]
@@ -30,6 +30,6 @@ __all__ = ["ZO", "Ledger", "MeZO", "ZotuneError", "__version__", "read_ledger", 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
-        globals()[name] = value  # also over the submodule of the same name (replay)
+        globals()[name] = value
         return value
     raise AttributeError(f"module 'zotune' has no attribute {name!r}")

@@ -103,6 +103,7 @@ class ZO(torch.optim.Optimizer):
     # ------------------------------------------------------------------------------------------------------------------
     # A step
 
+    @torch.inference_mode(False)  # buffers made inside it could never be written outside it again
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
         """Estimate and move. Without a closure: apply what the last `query` estimated.
@@ -131,6 +132,7 @@ class ZO(torch.optim.Optimizer):
         self._count_refusals(self.last)
         return torch.tensor(float(estimate.loss), dtype=torch.float64)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def query(self, closure: Closure) -> Tensor:
         """Ask for all losses of one step and keep the estimate; the weights do not move before `step()`.

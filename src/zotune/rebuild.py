@@ -8,7 +8,7 @@ from zotune.core.errors import LedgerError
 from zotune.core.ledger import read_ledger, weights_hash
 from zotune.job import Listener
 from zotune.models import load_model
-from zotune.replay import optimizer_for, replay
+from zotune.replaying import optimizer_for, replay
 from zotune.run_folder import save_model
 
 

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 from zotune.core.errors import ConfigError
+from zotune.extras import require
 from zotune.optimizer import ZO
+from zotune.packaged import without_bars
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -117,7 +119,8 @@ def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
     """`save_pretrained` of model and tokenizer into a new folder, whole or not at all."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    with without_bars(require("transformers", extra="hf", purpose="save language models")):
+        model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)

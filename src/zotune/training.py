@@ -18,7 +18,7 @@ from zotune.core.ledger import check_header, has_header, read_ledger, weights_ha
 from zotune.evaluate import Evaluation, evaluate, fit_prior_correction, prior_corrected
 from zotune.job import Job, Listener, make_optimizer, plan, prepare
 from zotune.optimizer import ZO
-from zotune.replay import replay
+from zotune.replaying import replay
 from zotune.report import draw_curves
 from zotune.run_folder import RunFolder, write_json
 from zotune.tasks.encoding import Encoded
@@ -81,13 +81,15 @@ def closure_for(scorer: OptionScorer, batch: Sequence[Encoded], micro_batch: int
 
 
 def _run(job: Job, opt: ZO, metrics: list[dict[str, Any]], listener: Listener) -> None:
-    config = job.config
+    config, first = job.config, opt.step_number
     while (step := opt.step_number) < config.steps:
         for group in opt.param_groups:
             group["lr"] = config.lr * SCHEDULES[config.schedule](step / config.steps)
         batch = [job.train[i] for i in batch_at(step, len(job.train), config.batch_size, config.data_seed)]
         loss = opt.step(closure_for(job.scorer, batch, config.micro_batch))
         assert loss is not None
+        if step == first:
+            listener.say(f"engine {opt.engine.name}: {opt.engine.reason} ({opt.engine.check_forwards} forwards spent on checking)")
         listener.step(opt.step_number, float(loss), opt.forwards)
         if opt.step_number % config.eval_every == 0 or opt.step_number == config.steps:
             _evaluate_now(job, opt, metrics, listener)

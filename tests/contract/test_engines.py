@@ -4,20 +4,25 @@ import copy
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
-
 from tests.checks.engines import (
+    EPS,
     check_autocast_does_not_answer_from_stale_casts,
+    check_engines_agree,
     check_exception_leaves_no_trace,
     check_no_drift,
     check_probe_equals_update,
     check_queries_share_dropout_masks,
     fabric,
+    losses,
     make,
+    steps,
 )
 from tests.support.memory import peak_bytes
 from tests.support.models import CASES, DTYPES, Case, assert_same_bits, snapshot
+from torch import nn
+from torch.nn import functional as F
+
+from zotune.core import noise
 from zotune.core.direction import HERE, Combination, Noise, Scaled
 from zotune.core.errors import ClosureError, ConfigError, EngineError, ParameterError
 from zotune.core.noise import stream
@@ -59,7 +64,7 @@ def test_probe_equals_update(name, engine, dtype):
 @engines
 @dtypes
 def test_no_drift(name, engine, dtype):
-    check_no_drift(name, engine, dtype, steps=100 if name in ("mlp", "bare") else 5)
+    check_no_drift(name, engine, dtype, count=100 if name in ("mlp", "bare") else 5)
 
 
 @pytest.mark.parametrize("at", range(1, 9))
@@ -93,8 +98,7 @@ def test_an_exception_deep_inside_the_forward_leaves_no_trace(engine, kind):
         before, made_of = snapshot(case), fabric(case)
         opt = make(case, engine)
         with pytest.raises(kind):
-            while True:
-                opt.step(case.closure)
+            steps(opt, case.closure, 20)
         assert_same_bits(before, snapshot(case))
         assert fabric(case) == made_of
 
@@ -141,32 +145,10 @@ def test_negative_zeros_survive(engine):
 # Layerwise answers as in place does
 
 
-def losses(case, engine, steps=3, **settings):
-    opt = make(case, engine, **{"lr": 1e-2, **settings})
-    asked = []
-    for _ in range(steps):
-        opt.step(case.closure)
-        asked += opt.last.losses
-    return asked, opt
-
-
 @models
 @dtypes
 def test_engines_give_the_same_losses(name, dtype):
-    """The same kernels on the same numbers: equal bits over three steps that move the weights.
-
-    A copy in scratch is contiguous where a stored tensor may not be ("mlp" has one), and nn.MultiheadAttention picks its
-    kernel by address: products are summed in another order there, so losses at fixed weights agree to 8 ulp.
-    """
-    asked, rounding = {}, "mlp" in name or name == "attention"
-    for engine in ENGINES:
-        torch.manual_seed(0)
-        asked[engine], _ = losses(CASES[name](dtype), engine, lr=0.0 if rounding else 1e-2)
-        assert len(set(asked[engine])) == len(asked[engine]), "probes that do not reach the loss compare nothing"
-    if rounding:
-        assert asked["layerwise"] == pytest.approx(asked["in_place"], rel=8 * torch.finfo(dtype).eps)
-    else:
-        assert asked["layerwise"] == asked["in_place"]
+    check_engines_agree(name, dtype)
 
 
 @pytest.mark.parametrize("name", ["llama", "shared", "weight_giver", "lora"])
@@ -183,7 +165,7 @@ def test_pieces_give_the_losses_of_the_whole(name, dtype, small_pieces):
 
 @pytest.mark.parametrize("name", ["llama", "lora"])
 def test_pieces_leave_no_trace(name, small_pieces):
-    check_no_drift(name, "layerwise", torch.bfloat16, steps=3)
+    check_no_drift(name, "layerwise", torch.bfloat16, count=3)
     check_exception_leaves_no_trace(name, "layerwise", torch.bfloat16, at=6)
 
 
@@ -260,7 +242,7 @@ def test_modules_called_with_keywords(small_pieces):
 
     model, ids = Keywords(), torch.tensor([[1, 2]])
     case = Case(list(model.named_parameters()), lambda: model(ids).square().mean(), model)
-    asked, opt = losses(case, "layerwise")
+    _, opt = losses(case, "layerwise")
     assert len(opt.engine._forms) == 2
     assert opt.engine.direct == set()
 
@@ -293,7 +275,12 @@ def test_tensors_that_lie_in_one_storage():
 # Leaks: what hooks do not reach is found and perturbed in place
 
 
-LEAKS = {"attention": {"attention.out_proj.weight", "attention.out_proj.bias"}, "bare": {"a", "b"}}
+LEAKS = {
+    "attention": {"attention.out_proj.weight", "attention.out_proj.bias"},
+    "bare": {"a", "b"},
+    "leaky": {"2.weight"},
+    "penalty": {"2.weight"},
+}
 
 
 @pytest.mark.parametrize("name", LEAKS)
@@ -301,6 +288,12 @@ def test_tensors_read_outside_their_module_are_found(name):
     _, opt = losses(CASES[name](torch.float32), "layerwise")
     assert opt.engine.direct == LEAKS[name]
     assert f"{len(LEAKS[name])} are read outside their module" in opt.engine.reason
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("name", LEAKS)
+def test_leaks_are_found_after_an_interrupted_look_too(name, at):
+    check_exception_leaves_no_trace(name, "layerwise", torch.float32, at)
 
 
 @pytest.mark.parametrize("name", ["mlp", "weight_giver", "shared", "lstm", "weight_norm", "llama", "gpt2", "lora"])
@@ -314,29 +307,6 @@ def test_models_that_hooks_reach_are_never_written(name):
     assert opt.engine.direct == set()
     assert len(written) == 2
     assert all(versions == before for versions in written)
-
-
-def _leaky(penalty):
-    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), torch.randn(4, 6)
-
-    def closure():
-        loss = model(x).square().mean()
-        if penalty:
-            return loss + 0.1 * model[2].weight.square().sum()
-        return loss + F.linear(x, model[2].weight).square().mean()
-
-    return Case(list(model.named_parameters()), closure, model)
-
-
-@pytest.mark.parametrize("penalty", [False, True], ids=["functional call", "weight penalty"])
-def test_a_closure_that_reads_weights_itself(penalty):
-    """Half of the loss would see unperturbed weights. Those tensors go in place; losses are in_place's, bit for bit."""
-    torch.manual_seed(1)
-    ours, opt = losses(_leaky(penalty), "layerwise")
-    torch.manual_seed(1)
-    theirs, _ = losses(_leaky(penalty), "in_place")
-    assert opt.engine.direct == {"2.weight"}
-    assert ours == theirs
 
 
 def test_a_fast_path_that_appears_in_eval_mode():
@@ -357,6 +327,26 @@ def test_a_fast_path_that_appears_in_eval_mode():
             asked[engine] += opt.last.losses
     assert asked["layerwise"] == pytest.approx(asked["in_place"], rel=1e-6)
     assert len(set(asked["layerwise"])) == len(asked["layerwise"])
+
+
+def test_a_closure_that_changes_the_mode_itself():
+    """Another mode inside the closure than between steps is no reason to look again at each step."""
+    case = CASES["dropout_mlp"](torch.float32)
+
+    def closure():
+        case.module.eval()
+        loss = case.closure()
+        case.module.train()
+        return loss
+
+    opt = make(case, "layerwise")
+    opt.step(closure)
+    checks = opt.engine.check_forwards
+    steps(opt, closure, 3)
+    assert opt.engine.check_forwards == checks
+    assert case.module.training
+    steps(opt, case.closure, 2)  # a mode that was not looked at: once more
+    assert checks < opt.engine.check_forwards <= 2 * checks + 2
 
 
 def test_a_new_path_through_the_model():
@@ -421,7 +411,7 @@ def test_a_closure_that_draws_a_new_batch_each_time_is_refused():
         def closure(model=model, batches=batches):
             return model(torch.randn(8, 4, generator=batches)).square().mean()
 
-        with pytest.raises(EngineError, match="not a function of the weights.*new batch"):
+        with pytest.raises(EngineError, match=r"not a function of the weights.*new batch"):
             ZO(model.named_parameters()).step(closure)
 
 
@@ -443,7 +433,7 @@ def test_engines_that_disagree_are_refused(monkeypatch):
         self._point = point
 
     monkeypatch.setattr(Layerwise, "_fill", half)
-    with pytest.raises(EngineError, match="Engines disagree.*in_place"):
+    with pytest.raises(EngineError, match=r"Engines disagree.*in_place"):
         make(case, "layerwise").step(case.closure)
 
 
@@ -584,6 +574,58 @@ def test_autocast_inside_and_outside_the_closure_agree():
         return opt.last.losses
 
     assert run(True) == run(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Modes and wrappers around the step
+
+
+@engines
+@dtypes
+def test_inference_mode_around_some_steps(engine, dtype):
+    """Buffers made inside it must not be inference tensors: nothing outside could write to them again."""
+
+    def run(inside):
+        noise._local.__dict__.clear()
+        torch.manual_seed(0)
+        case = CASES["llama"](dtype)
+        opt = make(case, engine, lr=1e-3)
+        for step in range(3):
+            with torch.inference_mode(inside and step != 1):
+                opt.step(case.closure)
+        return snapshot(case)
+
+    assert_same_bits(run(False), run(True))
+
+
+@engines
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_compiled_model(engine):
+    """Perturbations must reach compiled code, and names must not change: the losses are the uncompiled model's."""
+    asked = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(8, 4)
+        wrapped = torch.compile(model, backend="eager") if compiled else model
+        case = Case(list(wrapped.named_parameters()), lambda wrapped=wrapped, x=x: wrapped(x).square().mean(), model)
+        asked.append(losses(case, engine)[0])
+    assert asked[0] == asked[1]
+    assert len(set(asked[0])) == len(asked[0])
+
+
+@engines
+def test_order_and_grouping_of_the_tensors_do_not_matter(engine):
+    """M4: named tensors in another order, or in two groups with the same settings, move by the same bits."""
+    results = []
+    for arrange in (list, lambda named: named[::-1], lambda named: [{"params": named[3:]}, {"params": named[:3]}]):
+        torch.manual_seed(0)
+        case = CASES["attention"](torch.float32)
+        opt = ZO(arrange(case.named), lr=1e-2, eps=EPS, engine=engine)
+        for _ in range(3):
+            opt.step(case.closure)
+        results.append(snapshot(case))
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,26 +1,27 @@
 """Contract 5: base weights + ledger = trained weights. Contract 6: resume equals the uninterrupted run. All bit for bit."""
 
-import errno
 import json
 import math
 import warnings
 
 import pytest
 import torch
-from torch import nn
-
-from tests.checks.engines import make
+from tests.checks.engines import make, steps
 from tests.checks.ledger import (
     base_case,
+    check_a_full_disk_loses_nothing,
     check_a_torn_last_line_is_dropped,
     check_replay_rebuilds_the_weights,
+    check_resume_from_any_step,
     run_with_ledger,
 )
 from tests.support.models import CASES, assert_same_bits, snapshot
+from torch import nn
+
 from zotune.core.errors import ClosureError, LedgerError
 from zotune.core.ledger import Ledger, read_ledger, sites_hash, weights_hash
 from zotune.optimizer import PATIENCE, ZO
-from zotune.replay import optimizer_for, replay
+from zotune.replaying import optimizer_for, replay
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_one_line_a_step_of_constant_size(path):
 
 
 def test_the_header_says_what_is_needed_to_make_the_run_again(path):
-    _, opt = run_with_ledger(path, steps=1, method_options={"n": 2})
+    run_with_ledger(path, steps=1, method_options={"n": 2})
     header = read_ledger(path).header
     assert header["method"] == {"name": "mezo", "n": 2, "sides": 2}
     assert header["sites"] == sites_hash((n, p) for n, p in base_case().named)
@@ -217,7 +218,7 @@ def test_the_wrong_model(path, other):
     run_with_ledger(path, steps=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(LedgerError, match="its sites is .* here it is"):
+        with pytest.raises(LedgerError, match=r"its sites is .* here it is"):
             optimizer_for(other(base_case()), read_ledger(path))
 
 
@@ -300,8 +301,7 @@ def test_refused_steps_are_recorded_and_replayed(path):
     opt = make(case, "in_place", lr=1e-3, ledger=path)
     closure = _flaky(case, {4, 5, 9})  # call 1 is the survey
     with pytest.warns(UserWarning, match="was refused"):
-        for _ in range(6):
-            opt.step(closure)
+        steps(opt, closure, 6)
     assert opt.refused == 2
     entries = read_ledger(path).entries
     assert [all(map(math.isfinite, e.losses)) for e in entries] == [True, False, True, False, True, True]
@@ -322,8 +322,7 @@ def test_a_run_that_was_stopped_for_nonfinite_losses_can_go_on(path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(ClosureError, match="not been a finite number"):
-            for _ in range(PATIENCE):
-                opt.step(lambda: math.inf)
+            steps(opt, lambda: math.inf, PATIENCE)
         assert opt.step_number == PATIENCE + 1
         opt.step(case.closure)
         assert len(read_ledger(path).entries) == PATIENCE + 2
@@ -336,47 +335,10 @@ def test_a_run_that_was_stopped_for_nonfinite_losses_can_go_on(path):
 # A full disk
 
 
-class FullDisk:
-    """A raw file that takes `room` more bytes, then raises or writes short as a file system does."""
-
-    def __init__(self, file, room, short):
-        self.file, self.room, self.short = file, room, short
-
-    def write(self, data):
-        if len(data) <= self.room:
-            self.room -= len(data)
-            return self.file.write(data)
-        written = self.file.write(data[: self.room])
-        self.room = 0
-        if self.short:
-            return written
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-
 @pytest.mark.parametrize("short", [True, False], ids=["short write", "error"])
 @pytest.mark.parametrize("room", [0, 1, 30])
 def test_a_full_disk_loses_nothing(path, short, room):
-    """The failing step moves nothing; what was acknowledged is there; with room again, the run ends as a whole run does."""
-    whole, _ = run_with_ledger(path, steps=6)
-    text = path.read_bytes()
-    path.unlink()
-    case, opt = run_with_ledger(path, steps=3)
-    three = path.read_bytes()
-    opt.ledger._file = FullDisk(opt.ledger._file, room, short)
-    before = snapshot(case)
-    with pytest.raises(OSError, match=r"No space|disk is full"):
-        opt.step(case.closure)
-    assert_same_bits(before, snapshot(case))
-    assert opt.step_number == 3
-    assert path.read_bytes() == three
-    assert len(read_ledger(path).entries) == 3
-    while opt.step_number < 6:
-        opt.step(case.closure)
-    assert path.read_bytes() == text
-    assert_same_bits(snapshot(whole), snapshot(case))
+    check_a_full_disk_loses_nothing(path, room, short)
 
 
 def test_a_step_is_written_before_it_moves_the_weights(path, monkeypatch):
@@ -418,38 +380,7 @@ def test_the_end_of_a_run(path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("engine", ["in_place", "layerwise"])
 def test_resume_from_any_step(tmp_path, dtype, engine):
-    """Model and optimizer through torch.save and torch.load(weights_only=True), at each step of five; with a schedule."""
-
-    def fresh():
-        torch.manual_seed(0)
-        case = CASES["dropout_mlp"](dtype)
-        opt = make(case, engine, lr=1e-3, method_options={"n": 2})
-        return case, opt, torch.optim.lr_scheduler.ExponentialLR(opt, 0.9)
-
-    def advance(case, opt, schedule, until):
-        while opt.step_number < until:
-            opt.step(case.closure)
-            schedule.step()
-
-    whole = fresh()
-    advance(*whole, 5)
-    assert whole[1].refused == 0
-    for stop in range(6):
-        first = fresh()
-        advance(*first, stop)
-        states = [first[0].module.state_dict(), first[1].state_dict(), first[2].state_dict()]
-        torch.save(states, tmp_path / "snapshot.pt")
-        resumed = fresh()
-        for what, state in zip(
-            (resumed[0].module, *resumed[1:]), torch.load(tmp_path / "snapshot.pt", weights_only=True), strict=True
-        ):
-            what.load_state_dict(state)
-        assert resumed[1].step_number == stop
-        advance(*resumed, 5)
-        assert_same_bits(snapshot(whole[0]), snapshot(resumed[0]))
-        assert stop == 5 or resumed[1].last.losses == whole[1].last.losses
-        carried = [[slot.carried for slot in opt.weights] for opt in (whole[1], resumed[1])]
-        assert all(a is b is None or torch.equal(a, b) for a, b in zip(*carried, strict=True))
+    check_resume_from_any_step(tmp_path / "snapshot.pt", dtype, engine)
 
 
 def test_resume_by_replay_equals_resume_by_snapshot(path):

@@ -2,20 +2,24 @@
 
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
-
 from tests.checks.noise import (
+    anew,
     assert_uncorrelated,
     check_equal_shapes_do_not_share_noise,
     check_order_does_not_matter,
+    check_parts_equal_the_whole,
     z_of,
 )
+from torch import nn
+
+from zotune.core import noise as core_noise
 from zotune.core.direction import Noise
 from zotune.core.errors import ConfigError
 from zotune.core.noise import KINDS, check_kind, stream, uniform
@@ -37,6 +41,11 @@ def noise(kind, purpose="test"):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pieces agree with the whole, bit for bit.
+
+
+@kinds
+def test_parts_equal_the_whole(kind):
+    check_parts_equal_the_whole(kind)
 
 
 @given(st.sampled_from(ALL), shapes, st.data())
@@ -70,11 +79,11 @@ def test_any_chunking_gives_the_whole(kind, shape, limit):
 def test_the_working_chunk_does_not_show(monkeypatch, kind, chunk):
     site = Site("layer.weight", (37, 65))
     combination = 0.3 * noise(kind) + 0.7 * noise(kind, "other")
-    before, two = noise(kind).realise(site), combination.realise(site)
+    before, two = anew(noise(kind), site), anew(combination, site)
     monkeypatch.setattr("zotune.core.noise.CHUNK", chunk)
     monkeypatch.setattr("zotune.core.direction.CHUNK", chunk)
-    assert torch.equal(noise(kind).realise(site), before)
-    assert torch.equal(combination.realise(site), two)
+    assert torch.equal(anew(noise(kind), site), before)
+    assert torch.equal(anew(combination, site), two)
 
 
 def test_slices_of_a_shard_are_named_by_their_place_in_the_full_tensor():
@@ -96,11 +105,11 @@ def test_a_scalar_parameter_has_noise():
 @kinds
 def test_threads_do_not_matter(kind):
     site = Site("layer.weight", (300, 301))
-    before = noise(kind).realise(site)
+    before = anew(noise(kind), site)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
-        assert torch.equal(noise(kind).realise(site), before)
+        assert torch.equal(anew(noise(kind), site), before)
     finally:
         torch.set_num_threads(threads)
 
@@ -109,7 +118,7 @@ def test_threads_do_not_matter(kind):
 def test_dtype_does_not_matter(kind):
     """fp64 weights get the numbers fp32 weights get, so a run's precision does not change its directions."""
     site = Site("layer.weight", (70, 33))
-    assert torch.equal(noise(kind).realise(site, torch.float64).float(), noise(kind).realise(site))
+    assert torch.equal(anew(noise(kind), site, torch.float64).float(), anew(noise(kind), site))
 
 
 @kinds
@@ -120,10 +129,10 @@ def test_order_of_tensors_does_not_matter(kind):
 @kinds
 def test_global_generators_neither_matter_nor_move(kind):
     site = Site("layer.weight", (50,))
-    before = noise(kind).realise(site)
+    before = anew(noise(kind), site)
     torch.manual_seed(99), np.random.seed(99), random.seed(99)
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    assert torch.equal(noise(kind).realise(site), before)
+    assert torch.equal(anew(noise(kind), site), before)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.random.get_state()[1].tolist() == states[1]
     assert random.getstate() == states[2]
@@ -145,7 +154,7 @@ def test_integer_and_text_purposes_are_distinct():
 def _trained(model):
     """What an optimizer over this model would move a zero weight by, per canonical name."""
     named = [(canonical_name(n), p) for n, p in model.named_parameters() if p.requires_grad]
-    return {name: noise("normal").realise(Site(name, tuple(p.shape))) for name, p in named}
+    return {name: anew(noise("normal"), Site(name, tuple(p.shape))) for name, p in named}
 
 
 def test_freezing_and_reordering_other_tensors_does_not_matter():
@@ -155,6 +164,48 @@ def test_freezing_and_reordering_other_tensors_does_not_matter():
     frozen = _trained(model)
     assert set(frozen) == {"1.weight", "1.bias"}
     assert all(torch.equal(z, all_of_it[name]) for name, z in frozen.items())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Row numbers that are kept for the other side of a pair and for the update
+
+
+@pytest.mark.parametrize("kind", ["normal", "rademacher"])
+def test_kept_row_numbers_give_the_same_noise(kind):
+    """Drawn again, drawn after others with the same site or the same stream, and as parts of what is kept."""
+    sites = [Site(name, (30, 70)) for name in ("a", "b")]
+    fresh = {(s.name, p): anew(noise(kind, p), s) for s in sites for p in ("x", "y")}
+    for _ in range(2):
+        for (name, purpose), expected in fresh.items():
+            site = Site(name, (30, 70))
+            assert torch.equal(noise(kind, purpose).realise(site), expected)
+            assert torch.equal(noise(kind, purpose).realise(site.part(65, 700)), expected.view(-1)[65:765])
+            assert torch.equal(noise(kind, purpose).realise(site, torch.float64).float(), expected)
+
+
+def test_kept_row_numbers_stay_within_their_budget(monkeypatch):
+    monkeypatch.setattr("zotune.core.noise._Recent.BUDGET", 1000)
+    site = Site("w", (100, 70))  # 14 blocks: 224 bytes of row numbers
+    expected = [anew(noise("normal", i), site) for i in range(20)]
+    for _ in range(2):
+        assert all(torch.equal(noise("normal", i).realise(site), z) for i, z in enumerate(expected))
+        recent = core_noise._recent()
+        assert 0 < sum(kept.nbytes for kept in recent._kept.values()) <= 1000
+        assert recent._bytes == sum(kept.nbytes for kept in recent._kept.values())
+    too_large = Site("w", (1000, 70))
+    anew(noise("normal"), too_large)
+    assert not core_noise._recent()._kept
+
+
+@kinds
+def test_threads_that_draw_at_the_same_time(kind):
+    """Two threads must not share the buffer that noise is made in."""
+    sites = [Site(f"w{i}", (300, 301)) for i in range(4)]
+    expected = [anew(noise(kind), site) for site in sites]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            drawn = list(pool.map(lambda site: noise(kind).realise(site), sites))
+            assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

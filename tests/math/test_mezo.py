@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
-
 from tests.checks.mezo import (
     SEED,
     check_equals_the_readable_twin,
@@ -16,6 +14,8 @@ from tests.checks.mezo import (
     twin_model,
     z_of_step,
 )
+from torch import nn
+
 from zotune.core.direction import HERE, Noise
 from zotune.core.errors import ConfigError
 from zotune.core.noise import stream

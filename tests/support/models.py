@@ -139,6 +139,26 @@ def weight_norm(dtype):
     return of_module(made, lambda m: m(x), dtype)
 
 
+def leaky(dtype):
+    """The closure multiplies by a weight itself, beside the model's own forward."""
+    x = torch.randn(4, 6, dtype=dtype)
+    made = of_module(_stack(), lambda m: m(x), dtype)
+    of_the_model, weight = made.closure, made.module[2].weight
+    return Case(made.named, lambda: of_the_model() + F.linear(x, weight).float().square().mean(), made.module)
+
+
+def penalty(dtype):
+    """The closure adds a penalty on a weight."""
+    x = torch.randn(4, 6, dtype=dtype)
+    made = of_module(_stack(), lambda m: m(x), dtype)
+    of_the_model, weight = made.closure, made.module[2].weight
+    return Case(made.named, lambda: of_the_model() + 0.1 * weight.float().square().sum(), made.module)
+
+
+def _stack():
+    return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+
+
 def bare(dtype):
     """Two tensors and a formula: no module anywhere."""
     a, b = nn.Parameter(torch.randn(5, 6).to(dtype)), nn.Parameter(torch.randn(6).to(dtype))
@@ -208,6 +228,8 @@ CASES = {
     "attention": attention,
     "lstm": lstm,
     "weight_norm": weight_norm,
+    "leaky": leaky,
+    "penalty": penalty,
     "bare": bare,
     "llama": llama,
     "gpt2": gpt2,

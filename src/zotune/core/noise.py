@@ -134,7 +134,8 @@ def _gather(rows: Tensor, index: Tensor) -> Tensor:
     needed = index.numel() * rows.shape[1]
     buffer: Tensor | None = getattr(_local, "buffer", None)
     if buffer is None or buffer.dtype != rows.dtype or buffer.numel() < needed:
-        buffer = _local.buffer = torch.empty(max(needed, CHUNK + 2 * WIDTH), dtype=rows.dtype)
+        with torch.inference_mode(False):  # else only inference mode could write to it again
+            buffer = _local.buffer = torch.empty(max(needed, CHUNK + 2 * WIDTH), dtype=rows.dtype)
     out = buffer[:needed].view(index.numel(), rows.shape[1])
     torch.index_select(rows, 0, index, out=out)
     return out

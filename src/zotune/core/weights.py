@@ -230,13 +230,13 @@ def _refuse_shared_memory(slots: Iterable[Slot]) -> None:
 def _split_bf16(values: Tensor) -> tuple[Tensor, Tensor]:
     bits = values.view(torch.int32)
     # The nearest bf16, halves away from zero: then bits - high * 2**16 always fits a signed 16-bit number.
-    high = (bits + 0x8000) >> 16
-    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+    high = (bits + 0x8000).bitwise_right_shift_(16)
+    return high.to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)  # the low 16 bits, as a signed number
 
 
 def _join_bf16(stored: Tensor, carried: Tensor) -> Tensor:
-    bits = (stored.view(torch.int16).to(torch.int32) << 16) + carried.to(torch.int32)
-    return bits.view(torch.float32)
+    bits = stored.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+    return bits.add_(carried).view(torch.float32)
 
 
 @lru_cache(maxsize=8)

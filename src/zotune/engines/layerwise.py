@@ -53,7 +53,8 @@ class Layerwise:
         self._owned: dict[tuple[int, int], tuple[nn.Module, Slot]] = {}  # by module and parameter, from all looks
         self._owners: set[str] | None = None  # names of what is owned; None: look again before the next query
         self._leaks: set[str] = set()
-        self._modes: list[tuple[nn.Module, bool]] = []  # train or eval, when last looked at
+        self._modes: dict[int, tuple[nn.Module, set[bool]]] = {}  # train, eval or both: how a module was looked at
+        self._strange = False  # a module ran in a mode in which it was not looked at
         self._unread: set[str] = set()
         self._point: Direction = HERE
         self._only: Collection[str] | None = None
@@ -67,9 +68,18 @@ class Layerwise:
 
     def losses(self, points: Sequence[Direction], closure: Closure, seed: int) -> Tensor:
         """See `Engine.losses`."""
-        # Some modules read other tensors in eval mode (the fast path of nn.TransformerEncoderLayer): look again then.
-        if self._owners is None or any(module.training != mode for module, mode in self._modes):
-            self._look(next((p for p in points if self._moves(p)), None), closure, seed)
+        moving = next((point for point in points if self._moves(point)), None)
+        if self._owners is None:
+            self._look(moving, closure, seed)
+        answers = self._wave(points, closure, seed)
+        if self._strange:  # in eval mode some modules read other tensors (the fast path of nn.TransformerEncoderLayer)
+            self.check_forwards += len(answers)
+            self._look(moving, closure, seed)
+            answers = self._wave(points, closure, seed)
+        refuse_standing_still(answers, points, self._unread, self.weights)
+        return as_losses(answers)
+
+    def _wave(self, points: Sequence[Direction], closure: Closure, seed: int) -> list[float]:
         answers = []
         for point in points:
             self._met = set()
@@ -77,8 +87,7 @@ class Layerwise:
                 answers.append(ask(closure, self.weights, seed))
             if not self._met <= (self._owners or set()):  # the closure took a new path through the model
                 self._owners = None
-        refuse_standing_still(answers, points, self._unread, self.weights)
-        return as_losses(answers)
+        return answers
 
     @contextmanager
     def at(self, point: Direction, only: Collection[str] | None = None) -> Iterator[None]:
@@ -95,8 +104,9 @@ class Layerwise:
             finally:
                 for module, _, _ in self._forms:
                     vars(module).pop("forward", None)
-                while self._running:  # only after an exception inside a hook
-                    self._leave(self._running[-1][0])
+                for module, _ in reversed(self._running.copy()):  # only after an exception inside a hook
+                    self._leave(module)
+                self._running.clear()
                 self._point, self._only = HERE, None
 
     def _moves(self, point: Direction) -> bool:
@@ -118,6 +128,8 @@ class Layerwise:
     def _enter(self, module: nn.Module, args: Any = ()) -> None:
         replaced: Replaced = []
         self._running.append((module, replaced))
+        if id(module) in self._modes and module.training not in self._modes[id(module)][1]:
+            self._strange = True
         for attribute, parameter in module._parameters.items():
             slot = self.weights.by_tensor.get(id(parameter))
             if slot is None or parameter is None:
@@ -183,10 +195,8 @@ class Layerwise:
 
     def _survey(self, closure: Closure, seed: int) -> None:
         """One forward at the current weights: is the loss a number, which modules own what, what is read at all?"""
-        modes: dict[int, tuple[nn.Module, bool]] = {}
-
         def look(module: nn.Module, args: Any = ()) -> None:
-            modes[id(module)] = (module, module.training)
+            self._modes.setdefault(id(module), (module, set()))[1].add(module.training)
             for parameter in module._parameters.values():
                 slot = self.weights.by_tensor.get(id(parameter))
                 if slot is not None:
@@ -196,7 +206,7 @@ class Layerwise:
         with self._hooked(look), audit:
             check_here(ask(closure, self.weights, seed))
         self.check_forwards += 1
-        self._modes = list(modes.values())
+        self._strange = False
         self._owners = {slot.site.name for _, slot in self._owned.values()}
         self._unread = set(self.weights.slots) - audit.read
         self.direct = (set(self.weights.slots) - self._owners) | self._leaks
