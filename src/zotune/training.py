@@ -89,7 +89,9 @@ def _run(job: Job, opt: ZO, metrics: list[dict[str, Any]], listener: Listener) -
         loss = opt.step(closure_for(job.scorer, batch, config.micro_batch))
         assert loss is not None
         if step == first:
-            listener.say(f"engine {opt.engine.name}: {opt.engine.reason} ({opt.engine.check_forwards} forwards spent on checking)")
+            listener.say(
+                f"engine {opt.engine.name}: {opt.engine.reason} ({opt.engine.check_forwards} forwards spent on checking)"
+            )
         listener.step(opt.step_number, float(loss), opt.forwards)
         if opt.step_number % config.eval_every == 0 or opt.step_number == config.steps:
             _evaluate_now(job, opt, metrics, listener)

@@ -18,7 +18,7 @@ def displacement_cosine(dtype, low_precision, updates=1000, size=1e-6):
         for step in range(updates):
             z = Noise(stream(0, "update", step))
             if low_precision == "stochastic":
-                slot.storage.step = step
+                slot.storage.begin(0, step)
             weights.update(slot, lambda w, part, z=z: z.add_to(w, part, size))
             z.add_to(true, slot.site, size)
         moved = slot.storage.read(slot, slot.site).double() - start.double()

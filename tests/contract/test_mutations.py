@@ -208,7 +208,7 @@ def nonfinite_not_refused(patch):
 
 def added_to_bf16_directly(patch):
     """The update is added to the stored 16 bits, and what does not fit is lost."""
-    patch.setattr(Carried, "read", lambda self, slot, part: slot.stored(part).to(torch.float32))
+    patch.setattr(Carried, "read", lambda self, slot, part, out=None: slot.stored(part).to(torch.float32))
 
 
 def probed_with_another_scale(patch):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from zotune.core.errors import ConfigError
 from zotune.core.site import Site
+from zotune.core.workspace import workspace
 from zotune.kernels.codebook import INDEX_BITS, WIDTH, scaled_rows
 from zotune.kernels.philox import Words, philox_scalar, words
 
@@ -127,16 +128,9 @@ def _recent() -> _Recent:
 
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:
-    """rows[index]: on the CPU into a buffer that the next call overwrites, since fresh memory costs more than the copy."""
+    """rows[index], valid until the next call."""
     index = index.to(torch.int32)
-    if rows.device.type != "cpu":
-        return rows.index_select(0, index)
-    needed = index.numel() * rows.shape[1]
-    buffer: Tensor | None = getattr(_local, "buffer", None)
-    if buffer is None or buffer.dtype != rows.dtype or buffer.numel() < needed:
-        with torch.inference_mode(False):  # else only inference mode could write to it again
-            buffer = _local.buffer = torch.empty(max(needed, CHUNK + 2 * WIDTH), dtype=rows.dtype)
-    out = buffer[:needed].view(index.numel(), rows.shape[1])
+    out = workspace("noise", index.numel() * rows.shape[1], rows.dtype, rows.device).view(index.numel(), rows.shape[1])
     torch.index_select(rows, 0, index, out=out)
     return out
 

@@ -23,6 +23,7 @@ from zotune.core.direction import Direction
 from zotune.core.errors import ConfigError, ParameterError
 from zotune.core.noise import CHUNK, stream
 from zotune.core.site import Site
+from zotune.core.workspace import workspace
 from zotune.kernels.philox import words
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -63,8 +64,8 @@ class Storage(ABC):
         """A step's update is about to be written; storages that draw random bits draw new ones for it."""
 
     @abstractmethod
-    def read(self, slot: Slot, part: Site) -> Tensor:
-        """Full-precision values of a part: a fresh tensor."""
+    def read(self, slot: Slot, part: Site, out: Tensor | None = None) -> Tensor:
+        """Full-precision values of a part: in `out` (fp32, flat), or in a fresh tensor."""
 
     @abstractmethod
     def write(self, slot: Slot, part: Site, values: Tensor) -> None:
@@ -76,9 +77,10 @@ class Exact(Storage):
 
     name = "exact"
 
-    def read(self, slot: Slot, part: Site) -> Tensor:
+    def read(self, slot: Slot, part: Site, out: Tensor | None = None) -> Tensor:
         """See `Storage.read`."""
-        return slot.stored(part).clone()
+        stored = slot.stored(part)
+        return stored.clone() if out is None else out.view(stored.shape).copy_(stored)
 
     def write(self, slot: Slot, part: Site, values: Tensor) -> None:
         """See `Storage.write`."""
@@ -90,9 +92,9 @@ class Plain(Storage):
 
     name = "plain"
 
-    def read(self, slot: Slot, part: Site) -> Tensor:
+    def read(self, slot: Slot, part: Site, out: Tensor | None = None) -> Tensor:
         """See `Storage.read`."""
-        return slot.stored(part).to(torch.float32)
+        return _widen(slot.stored(part), out)
 
     def write(self, slot: Slot, part: Site, values: Tensor) -> None:
         """See `Storage.write`."""
@@ -130,21 +132,21 @@ class Carried(Storage):
     name = "carry"
     bytes_per_parameter = 2
 
-    def read(self, slot: Slot, part: Site) -> Tensor:
+    def read(self, slot: Slot, part: Site, out: Tensor | None = None) -> Tensor:
         """See `Storage.read`."""
         stored = slot.stored(part)
-        if slot.carried is None:
-            return stored.to(torch.float32)
-        carried = select(slot.carried, slot.site, part).view(stored.shape)
-        return _JOIN[slot.tensor.dtype](stored, carried)
+        values = _widen(stored, out)
+        if slot.carried is not None:
+            _JOIN[slot.tensor.dtype](values, stored, select(slot.carried, slot.site, part).view(stored.shape))
+        return values
 
     def write(self, slot: Slot, part: Site, values: Tensor) -> None:
         """See `Storage.write`."""
         if slot.carried is None:
             slot.carried = torch.zeros(slot.tensor.shape, dtype=torch.int16, device=slot.tensor.device)
-        stored, carried = _SPLIT[slot.tensor.dtype](values)
-        slot.stored(part).copy_(stored)
-        select(slot.carried, slot.site, part).view(carried.shape).copy_(carried)
+        stored = slot.stored(part)
+        carried = select(slot.carried, slot.site, part).view(stored.shape)
+        _SPLIT[slot.tensor.dtype](values.view(stored.shape), stored, carried)
 
 
 STORAGES: dict[str, type[Storage]] = {"carry": Carried, "plain": Plain, "stochastic": Stochastic}
@@ -195,7 +197,7 @@ class Weights:
             return
         pieces = part.chunks(CHUNK) if out.is_contiguous() and slot.tensor.is_contiguous() else [(0, part)]
         for offset, piece in pieces:
-            values = slot.storage.read(slot, piece)
+            values = slot.storage.read(slot, piece, _values(slot, piece))
             point.add_to(values, piece)
             target = out if piece is part else out.view(-1)[offset : offset + piece.count]
             target.copy_(values.view(target.shape))
@@ -206,7 +208,7 @@ class Weights:
             change(slot.tensor, slot.site)
             return
         for _, piece in slot.site.chunks(CHUNK) if slot.tensor.is_contiguous() else [(0, slot.site)]:
-            values = slot.storage.read(slot, piece)
+            values = slot.storage.read(slot, piece, _values(slot, piece))
             change(values, piece)
             slot.storage.write(slot, piece, values)
 
@@ -227,16 +229,26 @@ def _refuse_shared_memory(slots: Iterable[Slot]) -> None:
 # Splitting fp32 numbers into a 16-bit float and 16 carried bits, and back.
 
 
-def _split_bf16(values: Tensor) -> tuple[Tensor, Tensor]:
+def _values(slot: Slot, part: Site) -> Tensor:
+    return workspace("values", part.numel, torch.float32, slot.tensor.device)
+
+
+def _widen(stored: Tensor, out: Tensor | None) -> Tensor:
+    return stored.to(torch.float32) if out is None else out.view(stored.shape).copy_(stored)
+
+
+def _split_bf16(values: Tensor, stored: Tensor, carried: Tensor) -> None:
     bits = values.view(torch.int32)
-    # The nearest bf16, halves away from zero: then bits - high * 2**16 always fits a signed 16-bit number.
-    high = (bits + 0x8000).bitwise_right_shift_(16)
-    return high.to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)  # the low 16 bits, as a signed number
+    # The nearest bf16, halves away from zero: then what is left of the bits is their low half, as a signed number.
+    high = workspace("bits", bits.numel(), torch.int32, bits.device).view(bits.shape)
+    torch.add(bits, 0x8000, out=high).bitwise_right_shift_(16)
+    stored.view(torch.int16).copy_(high)
+    carried.copy_(bits)  # keeps the low 16 bits
 
 
-def _join_bf16(stored: Tensor, carried: Tensor) -> Tensor:
-    bits = stored.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
-    return bits.add_(carried).view(torch.float32)
+def _join_bf16(values: Tensor, stored: Tensor, carried: Tensor) -> None:
+    bits = workspace("bits", carried.numel(), torch.int32, carried.device).view(carried.shape)
+    values.view(torch.int32).add_(bits.copy_(carried))
 
 
 @lru_cache(maxsize=8)
@@ -251,24 +263,19 @@ def _fp16_unit(stored: Tensor) -> Tensor:
     return _fp16_units(stored.device)[field]
 
 
-def _split_fp16(values: Tensor) -> tuple[Tensor, Tensor]:
-    stored = values.to(torch.float16)
+def _split_fp16(values: Tensor, stored: Tensor, carried: Tensor) -> None:
+    stored.copy_(values)
     rest = (values - stored.to(torch.float32)) / _fp16_unit(stored)  # exact: a power of two
-    return stored, rest.round().clamp(-32768, 32767).to(torch.int16)
+    carried.copy_(rest.round().clamp(-32768, 32767))
 
 
-def _join_fp16(stored: Tensor, carried: Tensor) -> Tensor:
-    return stored.to(torch.float32) + carried.to(torch.float32) * _fp16_unit(stored)
+def _join_fp16(values: Tensor, stored: Tensor, carried: Tensor) -> None:
+    values.add_(carried.to(torch.float32) * _fp16_unit(stored))
 
 
-_SPLIT: dict[torch.dtype, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
-    torch.bfloat16: _split_bf16,
-    torch.float16: _split_fp16,
-}
-_JOIN: dict[torch.dtype, Callable[[Tensor, Tensor], Tensor]] = {
-    torch.bfloat16: _join_bf16,
-    torch.float16: _join_fp16,
-}
+Halves = Callable[[Tensor, Tensor, Tensor], None]  # (values, stored, carried), all of one shape
+_SPLIT: dict[torch.dtype, Halves] = {torch.bfloat16: _split_bf16, torch.float16: _split_fp16}  # writes the last two
+_JOIN: dict[torch.dtype, Halves] = {torch.bfloat16: _join_bf16, torch.float16: _join_fp16}  # completes widened values
 
 
 def _toward_zero(values: Tensor, dtype: torch.dtype) -> Tensor:

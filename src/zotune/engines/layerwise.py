@@ -195,6 +195,7 @@ class Layerwise:
 
     def _survey(self, closure: Closure, seed: int) -> None:
         """One forward at the current weights: is the loss a number, which modules own what, what is read at all?"""
+
         def look(module: nn.Module, args: Any = ()) -> None:
             self._modes.setdefault(id(module), (module, set()))[1].add(module.training)
             for parameter in module._parameters.values():
