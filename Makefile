@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/demo
 
-.PHONY: demo test test-real test-statistical lint clean
+.PHONY: demo test test-real test-statistical test-gpu lint clean
 
 # One virtual environment with everything; torch is pinned in constraints.txt.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -26,6 +26,9 @@ test-real: $(VENV)/.installed ## checks on the real SmolLM2 (downloads it once)
 
 test-statistical: $(VENV)/.installed ## long Monte-Carlo checks
 	$(BIN)/pytest -m statistical
+
+test-gpu: $(VENV)/.installed ## checks that need a CUDA device
+	$(BIN)/pytest -m gpu
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix . && $(BIN)/mypy
