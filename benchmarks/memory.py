@@ -3,7 +3,8 @@
     python benchmarks/memory.py [--model smollm2-135m] [--shape 1x32] [--dtype fp32] [--json FILE]
 
 CPU: the kernel's high-water mark of resident memory, reset before the measured call. CUDA: torch's peak of allocated
-memory. Numbers are MiB above what was resident before the call, and as a share of the trained weights.
+memory. Two numbers: what the candidate holds between steps (bf16 weights: their carried bits), and the peak during its
+second step above that, beside a forward's peak, as a share of the trained weights.
 """
 
 import argparse
@@ -54,9 +55,13 @@ def measure(arguments: argparse.Namespace, candidate: str) -> dict[str, float]:
     elif candidate != "forward":
         literal = LiteralMeZO(model, lr=0.0, eps=1e-2)
         calls[candidate] = lambda: literal.step(closure)
-    before = reset(arguments.device)
+    forward()  # weights that were mapped from a file become resident
+    resident = reset(arguments.device)
     calls[candidate]()
-    return {"mib": (peak(arguments.device) - before) / 2**20, "weights_mib": weights / 2**20}
+    held = reset(arguments.device)
+    calls[candidate]()
+    mib = 2**20
+    return {"held": (held - resident) / mib, "peak": (peak(arguments.device) - held) / mib, "weights": weights / mib}
 
 
 def main() -> None:
@@ -73,19 +78,17 @@ def main() -> None:
         print(json.dumps(measure(arguments, arguments.candidate)))
         return
     result: dict[str, Any] = {"command": " ".join(sys.argv), "machine": machine(), "peaks": {}}
-    print(f"{arguments.model}, {arguments.shape}, {arguments.dtype}: peak above what was resident before")
+    print(f"{arguments.model}, {arguments.shape}, {arguments.dtype}, MiB")
+    given = {key: value for key, value in vars(arguments).items() if key not in ("json", "candidate")}
+    own = [word for key, value in given.items() for word in (f"--{key}", str(value))]
     for candidate in CANDIDATES:
-        own = [a for a in sys.argv[1:] if not a.startswith("--json")]
-        run = subprocess.run(
-            [sys.executable, __file__, *own, "--candidate", candidate], capture_output=True, text=True, check=True
-        )
+        command = [sys.executable, __file__, *own, "--candidate", candidate]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
         numbers = json.loads(run.stdout.splitlines()[-1])
         result["peaks"][candidate] = numbers
-        above = numbers["mib"] - result["peaks"]["forward"]["mib"]
-        share = above / numbers["weights_mib"]
-        print(
-            f"{candidate:24} {numbers['mib']:8.0f} MiB, above a forward {above:8.0f} MiB = {share:.1%} of the weights"
-        )
+        above = numbers["held"] + numbers["peak"] - result["peaks"]["forward"]["peak"]
+        text = f"{candidate:24} held {numbers['held']:6.0f}, peak {numbers['peak']:6.0f}"
+        print(f"{text}, together above a forward {above / numbers['weights']:6.1%} of the weights", flush=True)
     write(arguments.json, result)
 
 
