@@ -162,6 +162,16 @@ def test_a_torn_header_is_begun_again(path):
     assert path.read_bytes() == text
 
 
+@pytest.mark.parametrize("line", ['{"step": 1}', "[1, 2]", '{"step": 1, "loss": 0.5, "losses": 3}', "7"])
+def test_a_line_of_another_shape_is_an_error_that_says_so(path, line):
+    """Valid JSON that is no step, in the middle of the file."""
+    run_with_ledger(path, steps=3)
+    whole = lines(path)
+    path.write_text("".join([*whole[:2], line + "\n", *whole[3:]]))
+    with pytest.raises(LedgerError, match="another shape"):
+        read_ledger(path)
+
+
 @pytest.mark.parametrize("damage", [b"{torn", b"\x00\x00\x00", b"\xff\xfe"])
 def test_a_damaged_line_in_the_middle_is_an_error(path, damage):
     run_with_ledger(path, steps=4)

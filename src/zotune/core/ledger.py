@@ -72,9 +72,14 @@ def read_ledger(path: str | Path) -> LedgerFile:
                 break
             raise LedgerError(f"{path}, line {number} is damaged ({error}); only the last line may be.") from error
         good += len(line)
-    if not parsed or parsed[0].get("ledger") != FORMAT:
+    if not (parsed and isinstance(parsed[0], dict) and parsed[0].get("ledger") == FORMAT):
         raise LedgerError(f"{path} does not begin with a ledger header of format {FORMAT}.")
-    entries, weights = _entries(path, parsed)
+    try:
+        entries, weights = _entries(path, parsed)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, LedgerError):
+            raise
+        raise LedgerError(f"{path} holds a line of another shape than a ledger's ({error!r}).") from error
     return LedgerFile(parsed[0], entries, weights, good, torn=len(parsed) < len(lines))
 
 
