@@ -39,7 +39,8 @@ class TrainConfig:
     data: str | None = setting(None, "Folder with train.jsonl and validation.jsonl, instead of the task's own rows.")
     method: str = setting("mezo", "Method; `zotune methods` lists them.")
     method_options: dict[str, Any] = setting({}, "Options of the method, as name=value.")
-    rule: str = setting("sgd", "How an estimate moves the weights.")
+    rule: str = setting("sgd", "How an estimate moves the weights; `zotune methods` lists the rules.")
+    rule_options: dict[str, Any] = setting({}, "Options of the rule, as name=value.")
     steps: int = setting(300, "Steps to take.")
     batch_size: int = setting(16, "Examples per step.")
     micro_batch: int | None = setting(
@@ -97,7 +98,7 @@ def load_config(recipe: Path | None, overrides: Mapping[str, Any]) -> TrainConfi
     if recipe is not None:
         values.update(_read_yaml(recipe))
     for key, value in overrides.items():
-        if key == "method_options":
+        if key.endswith("_options"):
             values[key] = {**values.get(key, {}), **value}
         else:
             values[key] = value

@@ -90,6 +90,7 @@ def make_optimizer(job: Job) -> ZO:
         noise=config.noise,
         low_precision=config.low_precision,
         method_options=config.method_options,
+        rule_options=config.rule_options,
         ledger=Ledger(job.folder.ledger, base),
     )
 

@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,11 @@ import torch
 from torch import Tensor
 
 from zotune.core.context import Context, Estimate
+from zotune.core.direction import Combination, Direction, Scaled
 from zotune.core.errors import ClosureError, ConfigError
 from zotune.core.ledger import Ledger, sites_hash
 from zotune.core.noise import check_kind, stream
+from zotune.core.registry import options_of
 from zotune.core.step import Closure, Engine, Method, Outcome, Rule, settle
 from zotune.core.weights import Weights
 from zotune.engines import make_engine
@@ -52,6 +53,7 @@ class ZO(torch.optim.Optimizer):
         noise: "normal" (table; the same bits everywhere), "gaussian" (exact) or "rademacher".
         low_precision: how fp16 and bf16 tensors take small updates: "carry" keeps 16 more bits a parameter.
         method_options: options of a method given by name.
+        rule_options: options of a rule given by name.
         ledger: a `Ledger` or a path: writes down every loss, so that the run can be replayed.
 
     Raises:
@@ -72,11 +74,12 @@ class ZO(torch.optim.Optimizer):
         noise: str = "normal",
         low_precision: str = "carry",
         method_options: dict[str, Any] | None = None,
+        rule_options: dict[str, Any] | None = None,
         ledger: Ledger | str | Path | None = None,
     ) -> None:
         groups = named_groups(params)
         self.method: Method = make_method(method, method_options)
-        self.rule: Rule = make_rule(rule)
+        self.rule: Rule = make_rule(rule, rule_options)
         self.noise = check_kind(noise)
         tensors = [tensor for group in groups for _, tensor in group["params"]]
         eps = default_eps(tensors) if eps is None else eps
@@ -87,15 +90,15 @@ class ZO(torch.optim.Optimizer):
             "zo_step": 0,
             "zo_seed": int(seed),
             "zo_method": {},
+            "zo_rule": {},
+            "zo_counts": {"updates": 0, "forwards": 0, "refused": 0},
         }
         super().__init__(groups, defaults)
         _check_hyperparameters(self.param_groups)
         warn_small_eps(tensors, self.param_groups[0]["eps"])
         self.weights = Weights(self._named(), low_precision)
-        self.engine: Engine = make_engine(engine, self.weights, self.method)
+        self.engine: Engine = make_engine(engine, self.weights, self.method, self.rule)
         self.ledger = Ledger(ledger) if isinstance(ledger, str | Path) else ledger
-        self.forwards = 0  # queries that the method has asked for, in all
-        self.refused = 0  # steps whose numbers were not finite, in all
         self.last: Outcome | None = None
         self._refused_in_a_row = 0
         self._pending: tuple[Context, Estimate] | None = None
@@ -152,9 +155,11 @@ class ZO(torch.optim.Optimizer):
             weight=lambda site: self.weights.slots[site.name].storage.read(self.weights.slots[site.name], site),
             kind=self.noise,
             factors=self._eps_factors(),
+            slope=self._slope(closure, queries),
+            trial=self._trial if "trial" in self.method.needs else None,
         )
         estimate = self.method.estimate(ctx)
-        self.forwards += len(ctx.losses)
+        self._counts["forwards"] += ctx.queries
         self._pending = (ctx, estimate)
         return torch.tensor(float(estimate.loss), dtype=torch.float64)
 
@@ -168,7 +173,40 @@ class ZO(torch.optim.Optimizer):
         """The run seed."""
         return int(self.param_groups[0]["zo_seed"])
 
+    @property
+    def forwards(self) -> int:
+        """Queries that the method has asked for, in all."""
+        return int(self._counts["forwards"])
+
+    @property
+    def refused(self) -> int:
+        """Steps whose numbers were not finite, in all."""
+        return int(self._counts["refused"])
+
+    @property
+    def _counts(self) -> dict[str, int]:
+        counts: dict[str, int] = self.param_groups[0]["zo_counts"]
+        return counts
+
+    def _slope(self, closure: Closure, seed: int) -> Callable[[Direction], tuple[float, float]] | None:
+        slope = getattr(self.engine, "slope", None)
+        return None if slope is None else lambda direction: slope(direction, closure, seed)
+
+    def _trial(self, direction: Direction) -> Direction:
+        """Where the rule would move the weights, on all groups."""
+        if any(float(group["weight_decay"]) for group in self.param_groups):
+            raise ConfigError(
+                f"Method {self.method.name!r} tries steps of the rule, which weight decay would falsify: set it to 0."
+            )
+        trials = [self.rule.trial(direction, group) for group in self.param_groups]
+        if len(trials) == 1:
+            return trials[0]
+        names = [dict.fromkeys(group["param_names"], 1.0) for group in self.param_groups]
+        return Combination(tuple((1.0, Scaled(t, n, otherwise=0.0)) for t, n in zip(trials, names, strict=True)))
+
     def _move(self, estimate: Estimate) -> None:
+        estimate = self.rule.prepare(estimate)
+        self._counts["updates"] += 1
         self.weights.low_precision.begin(self.seed, self.step_number)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -184,7 +222,7 @@ class ZO(torch.optim.Optimizer):
             self.ledger.append(self.describe, self.step_number, loss, outcome.losses, self._hyperparameters())
 
     def _count_refusals(self, outcome: Outcome) -> None:
-        self.refused += not outcome.accepted
+        self._counts["refused"] += not outcome.accepted
         self._refused_in_a_row = 0 if outcome.accepted else self._refused_in_a_row + 1
         if self._refused_in_a_row >= PATIENCE:
             raise ClosureError(
@@ -201,7 +239,7 @@ class ZO(torch.optim.Optimizer):
     def _count_step(self) -> None:
         # One cheap entry per parameter: an empty state makes torch.distributed.checkpoint allocate gradients.
         for slot in self.weights:
-            self.state[slot.tensor]["step"] = torch.tensor(float(self.step_number))
+            self.state[slot.tensor]["step"] = torch.tensor(float(self._counts["updates"]))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Saving
@@ -209,6 +247,7 @@ class ZO(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`: tensors, numbers, strings; loads with `weights_only=True`."""
         self.param_groups[0]["zo_method"] = self.method.state_dict()
+        self.param_groups[0]["zo_rule"] = self.rule.state_dict()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -222,6 +261,7 @@ class ZO(torch.optim.Optimizer):
                     self.state[parameter][key] = value.detach().clone().to(parameter.device)
             self.weights.by_tensor[id(parameter)].carried = self.state[parameter].get("carried")
         self.method.load_state_dict(self.param_groups[0]["zo_method"])
+        self.rule.load_state_dict(self.param_groups[0]["zo_rule"])
         self._pending = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -232,15 +272,13 @@ class ZO(torch.optim.Optimizer):
 
     def describe(self) -> dict[str, Any]:
         """What a ledger's header says: enough to make the same optimizer again."""
-        options: dict[str, Any] = (
-            asdict(self.method) if is_dataclass(self.method) and not isinstance(self.method, type) else {}
-        )
+        rule_options = options_of(self.rule)
         return {
             "ledger": 1,
             "zotune": __version__,
             "versions": {"torch": torch.__version__, "numpy": np.__version__},
-            "method": {"name": self.method.name, **options},
-            "rule": self.rule.name,
+            "method": {"name": self.method.name, **options_of(self.method)},
+            "rule": {"name": self.rule.name, **rule_options} if rule_options else self.rule.name,
             "seed": self.seed,
             "noise": self.noise,
             "low_precision": self.weights.low_precision.name,

@@ -49,12 +49,14 @@ def optimizer_for(named: Any, ledger: LedgerFile, base: Any = None) -> ZO:
             f"The ledger's run had {len(header['groups'])} parameter groups, and it does not say which tensor was in which. "
             "Make ZO with the same groups yourself and call zotune.replay(opt, entries)."
         )
-    options = {key: value for key, value in header["method"].items() if key != "name"}
+    method, rule = dict(header["method"]), header["rule"]
+    rule = {"name": rule} if isinstance(rule, str) else dict(rule)  # a rule without options is just its name
     opt = ZO(
         named,
-        method=header["method"]["name"],
-        method_options=options,
-        rule=header["rule"],
+        method=method.pop("name"),
+        method_options=method,
+        rule=rule.pop("name"),
+        rule_options=rule,
         seed=header["seed"],
         noise=header["noise"],
         low_precision=header["low_precision"],

@@ -171,7 +171,7 @@ def _finish(
         "heldout_rows": len(job.heldout),
         "steps": opt.step_number,
         "refused_steps": opt.refused,
-        "forwards": sum(len(entry.losses) for entry in ledger.entries),
+        "forwards": opt.forwards,
         "weights": digest,
         "settings": job.config.as_dict(),
         "versions": ledger.header["versions"],

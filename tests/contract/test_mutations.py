@@ -68,8 +68,8 @@ def smallest_loss_logged(estimate, ctx):
 
 
 def same_noise_every_step(patch):
-    right = Context._noise
-    patch.setattr(Context, "_noise", lambda self, kind: setattr(self, "step", 0) or right(self, kind))
+    right = Context.stream
+    patch.setattr(Context, "stream", lambda self, *purpose: setattr(self, "step", 0) or right(self, *purpose))
 
 
 def same_noise_for_each_of_n(patch):
@@ -77,7 +77,7 @@ def same_noise_for_each_of_n(patch):
 
 
 def norms_decayed(patch):
-    patch.setattr("zotune.rules.NO_DECAY", ("bias",))
+    patch.setattr("zotune.rules.base.NO_DECAY", ("bias",))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from zotune.core.noise import stream
 from zotune.methods import METHODS
 from zotune.methods.mezo import MeZO
 from zotune.optimizer import ZO
-from zotune.rules import decays
+from zotune.rules.base import decays
 
 
 @pytest.mark.parametrize("eps", [1e-4, 1e-2, 1.0, 30.0])

@@ -12,6 +12,8 @@ import yaml
 from zotune.config import TrainConfig
 from zotune.core.errors import ConfigError
 
+OPTIONS = {"method_options": "--method-option", "rule_options": "--rule-option"}  # given as name=value, several times
+
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option per field of `TrainConfig`, so that settings are declared once.
@@ -21,8 +23,8 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
     def wrapper(recipe: Path | None = None, **options: Any) -> None:
         given = {key: value for key, value in options.items() if value not in (None, [])}
-        if "method_options" in given:
-            given["method_options"] = dict(_pair(text) for text in given["method_options"])
+        for key in OPTIONS.keys() & given.keys():
+            given[key] = dict(_pair(OPTIONS[key], text) for text in given[key])
         command(recipe, given)
 
     parameters = [
@@ -35,10 +37,9 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     ]
     for setting in fields(TrainConfig):
         kind: Any = {"int": int, "float": float}.get(_plain(setting.type), str)
-        flag, kind = ("--method-option", list[str]) if setting.name == "method_options" else (_flag(setting.name), kind)
-        default = (
-            "" if setting.name == "method_options" or setting.default is None else f" [default: {setting.default}]"
-        )
+        several = setting.name in OPTIONS
+        flag, kind = (OPTIONS[setting.name], list[str]) if several else (_flag(setting.name), kind)
+        default = "" if several or setting.default is None else f" [default: {setting.default}]"
         option = typer.Option(flag, help=setting.metadata["help"] + default, show_default=False)
         parameters.append(
             inspect.Parameter(
@@ -60,8 +61,8 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _pair(text: str) -> tuple[str, Any]:
+def _pair(flag: str, text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator:
-        raise ConfigError(f"--method-option takes name=value, got {text!r}.")
+        raise ConfigError(f"{flag} takes name=value, got {text!r}.")
     return key.strip(), yaml.safe_load(value)

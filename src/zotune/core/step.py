@@ -8,22 +8,31 @@ from torch import Tensor
 
 from zotune.core.context import Context, Estimate
 from zotune.core.direction import Direction
+from zotune.core.site import Site
 
 Closure = Callable[[], Any]  # runs a forward pass and returns one number (a 0-d tensor or a float)
 
 
 @runtime_checkable
 class Method(Protocol):
-    """One paper: how a gradient is estimated from losses."""
+    """One paper: how a gradient is estimated from losses. `methods.base.Base` has the parts that most methods share."""
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    needs: ClassVar[frozenset[str]]  # what the engine must offer
-    extra_state: ClassVar[str]  # what is kept beside the weights, per trained parameter
+    extra_state: ClassVar[str]  # what is kept beside the weights, in words
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What engine and rule must offer: "slope" (forward-mode derivatives), "trial" (a rule that can be tried)."""
+        ...
 
     @property
     def forwards(self) -> float:
         """Queries per step, on average."""
+        ...
+
+    def extra_bytes(self, sites: Sequence[Site]) -> int:
+        """Bytes kept between steps when these sites are trained."""
         ...
 
     def estimate(self, ctx: Context) -> Estimate:
@@ -31,7 +40,7 @@ class Method(Protocol):
         ...
 
     def observe(self, ctx: Context, estimate: Estimate) -> None:
-        """Learn from the losses, after they are known and before the weights move."""
+        """Learn from the losses, after they are known and before the weights move. Not called for refused steps."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -48,6 +57,19 @@ class Rule(Protocol):
 
     name: ClassVar[str]
     extra_state: ClassVar[str]
+    offers: ClassVar[frozenset[str]]  # "trial": what it would do is a direction, with no state and odd in the estimate
+
+    def extra_bytes(self, sites: Sequence[Site]) -> int:
+        """Bytes kept between steps when these sites are trained."""
+        ...
+
+    def prepare(self, estimate: Estimate) -> Estimate:
+        """Called once per accepted step, before any tensor moves: the estimate that is to be applied."""
+        ...
+
+    def trial(self, direction: Direction, group: dict[str, Any]) -> Direction:
+        """Where the rule would move the weights, as a displacement. Only if "trial" is offered."""
+        ...
 
     def __call__(
         self, weight: Tensor, site: Any, estimate: Estimate, group: dict[str, Any], state: dict[str, Any]
@@ -57,15 +79,26 @@ class Rule(Protocol):
         Args:
             weight: fp32 or fp64 values of the part.
             site: which part of which tensor.
-            estimate: the gradient estimate.
+            estimate: the gradient estimate, as `prepare` returned it.
             group: the parameter group: lr, weight_decay after schedulers.
-            state: what the rule remembers about this tensor.
+            state: what the rule remembers about the whole tensor; `state["step"]` counts its updates so far.
         """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rule remembers beside the per-tensor states."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
         ...
 
 
 class Engine(Protocol):
-    """How queries are answered; owns the promise that the stored weights are not disturbed."""
+    """How queries are answered; owns the promise that the stored weights are not disturbed.
+
+    An engine that offers "slope" also has `slope(direction, closure, seed) -> (loss, derivative along the direction)`.
+    """
 
     name: ClassVar[str]
     offers: ClassVar[frozenset[str]]

@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_iter
 
 from zotune.core.context import as_losses
-from zotune.core.direction import HERE, Direction
+from zotune.core.direction import HERE, Direction, Scalar
 from zotune.core.site import Site
 from zotune.core.step import Closure
 from zotune.core.weights import Slot, Weights
@@ -226,8 +226,8 @@ class Layerwise:
         hooked = set(self.weights.slots) - self.direct
         if hooked:
             self._audit = ReadAudit(self.weights.slots[name] for name in hooked)
-            try:
-                with self.at(point), self._audit:
+            try:  # all tensors take part, also those that this point does not move
+                with self.at(point + _Everywhere()), self._audit:
                     ask(closure, self.weights, seed)
             finally:
                 leaks, self._audit = self._audit.read, None
@@ -238,6 +238,13 @@ class Layerwise:
         if hooked:
             self.check_forwards += compare_engines(self, self.in_place, hooked, point, closure, seed)
         self.reason = _say(len(hooked), sorted(self.direct), sorted(self._unread))
+
+
+class _Everywhere(Direction):
+    """Zero that counts as moving every site."""
+
+    def add_to(self, out: Tensor, site: Site, scale: Scalar = 1.0) -> None:
+        """Nothing to add."""
 
 
 def _say(hooked: int, direct: list[str], unread: list[str]) -> str:

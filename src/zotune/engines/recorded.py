@@ -15,9 +15,7 @@ class Recorded:
     """Gives back the losses of one step, in the order in which they were asked for."""
 
     name: ClassVar[str] = "recorded"
-    offers: ClassVar[frozenset[str]] = frozenset(
-        {"activations", "low_rank"}
-    )  # nothing is computed, so nothing is missing
+    offers: ClassVar[frozenset[str]] = frozenset({"slope"})  # nothing is computed, so nothing is missing
     extra_memory: ClassVar[str] = "none"
 
     def __init__(self, losses: Sequence[float], step: int) -> None:
@@ -27,12 +25,20 @@ class Recorded:
 
     def losses(self, points: Sequence[Direction], closure: Closure, seed: int) -> Tensor:
         """See `Engine.losses`."""
-        if len(points) > len(self._losses):
+        return as_losses(self._take(len(points)))
+
+    def slope(self, direction: Direction, closure: Closure, seed: int) -> tuple[float, float]:
+        """The loss and its derivative, as they were written down."""
+        loss, derivative = self._take(2)
+        return loss, derivative
+
+    def _take(self, count: int) -> list[float]:
+        if count > len(self._losses):
             raise LedgerError(
                 f"Step {self._step} asks for more losses than the ledger holds. Was it written with other method options?"
             )
-        answers, self._losses = self._losses[: len(points)], self._losses[len(points) :]
-        return as_losses(answers)
+        taken, self._losses = self._losses[:count], self._losses[count:]
+        return taken
 
     def close(self) -> None:
         """All losses of the step must have been used."""

@@ -1,10 +1,10 @@
 """Methods: one paper per file. The registry is a plain dict; add a line for a new method."""
 
 from dataclasses import MISSING, fields
-from difflib import get_close_matches
 from typing import Any
 
 from zotune.core.errors import ConfigError
+from zotune.core.registry import check_name, check_options
 from zotune.core.step import Method
 from zotune.methods.mezo import MeZO
 
@@ -23,23 +23,11 @@ def make_method(method: "str | Method", options: dict[str, Any] | None = None) -
         if options:
             raise ConfigError("Method options go with a method's name; a method object already has its own.")
         return method
-    if method not in METHODS:
-        raise ConfigError(f"Unknown method {method!r}.{_suggest(method, METHODS)} Known: {', '.join(METHODS)}.")
-    known = [f.name for f in fields(METHODS[method])]
-    for option in options or {}:
-        if option not in known:
-            raise ConfigError(
-                f"Method {method!r} has no option {option!r}.{_suggest(option, known)} Known: {', '.join(known) or 'none'}."
-            )
-    made: Method = METHODS[method](**(options or {}))
+    check_name("method", method, METHODS)
+    made: Method = METHODS[method](**check_options("method", method, METHODS[method], options or {}))
     return made
 
 
 def defaults(method: str) -> dict[str, Any]:
     """A method's options and their default values."""
     return {f.name: f.default for f in fields(METHODS[method]) if f.default is not MISSING}
-
-
-def _suggest(word: str, known: Any) -> str:
-    near = get_close_matches(word, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""

@@ -16,15 +16,15 @@ logged is the mean of the probes; the released code logs L(theta + eps z).
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from zotune.core.context import Context, Estimate
 from zotune.core.direction import HERE, Combination
-from zotune.core.errors import ConfigError
+from zotune.methods.base import Base
 
 
 @dataclass(frozen=True)
-class MeZO:
+class MeZO(Base):
     """Average of n central (or forward) differences along random directions."""
 
     n: int = 1  # directions per step; 1 in the released code
@@ -32,17 +32,11 @@ class MeZO:
 
     name: ClassVar[str] = "mezo"
     paper: ClassVar[str] = "Malladi et al. 2023, arXiv 2305.17333"
-    needs: ClassVar[frozenset[str]] = frozenset()
-    extra_state: ClassVar[str] = "none"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.n < 1:
-            raise ConfigError(f"n must be at least 1 direction per step; got {self.n} (method 'mezo').")
-        if self.sides not in (1, 2):
-            raise ConfigError(
-                f"sides must be 1 (forward) or 2 (central differences); got {self.sides} (method 'mezo')."
-            )
+        self.check("n", self.n >= 1, "at least 1 direction per step")
+        self.check("sides", self.sides in (1, 2), "1 (forward) or 2 (central differences)")
 
     @property
     def forwards(self) -> float:
@@ -72,13 +66,3 @@ class MeZO:
             rho = (plus - here) / eps
             g += (rho / self.n) * z
         return Estimate(g, here, {"rho": float(rho)})
-
-    def observe(self, ctx: Context, estimate: Estimate) -> None:
-        """Nothing to learn."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to remember."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take up."""

@@ -1,0 +1,37 @@
+"""Names and options of methods, rules and sources: checked, with the nearest known one suggested."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from zotune.core.errors import ConfigError
+
+
+def check_name(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raise a ConfigError unless the name is known."""
+    if name not in (names := list(known)):
+        raise ConfigError(f"Unknown {kind} {name!r}.{suggest(name, names)} Known: {', '.join(names)}.")
+
+
+def check_options(kind: str, name: str, cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, if the dataclass has fields of these names; else a ConfigError."""
+    known = [f.name for f in fields(cls)] if is_dataclass(cls) else []
+    for option in options:
+        if option not in known:
+            raise ConfigError(
+                f"{kind.capitalize()} {name!r} has no option {option!r}.{suggest(option, known)} "
+                f"Known: {', '.join(known) or 'none'}."
+            )
+    return dict(options)
+
+
+def options_of(made: Any) -> dict[str, Any]:
+    """Options and their values: the fields of the dataclass."""
+    return {f.name: getattr(made, f.name) for f in fields(made)} if is_dataclass(made) else {}
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """ " Did you mean ...?", or nothing."""
+    near = get_close_matches(word, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,74 @@
+"""Sources: where a method's random directions come from, for methods that can use more than one kind.
+
+A source is a frozen dataclass of its options; `draw(ctx)` is a fresh direction with E[z z^T] = I over everything that is
+random in it. Sources keep no state that the run seed and the step do not give back.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from zotune.core.context import Context
+from zotune.core.direction import Direction
+from zotune.core.registry import check_name, check_options
+from zotune.core.site import Site
+
+
+class Source(Protocol):
+    """Draws directions."""
+
+    name: ClassVar[str]
+    extra_state: ClassVar[str]
+
+    def draw(self, ctx: Context) -> Direction:
+        """A fresh direction of this step."""
+        ...
+
+    def extra_bytes(self, sites: Sequence[Site]) -> int:
+        """Bytes kept between steps when these sites are trained."""
+        ...
+
+
+class FullSpace:
+    """Sources that keep nothing."""
+
+    extra_state: ClassVar[str] = "none"
+
+    def extra_bytes(self, sites: Sequence[Site]) -> int:
+        """See `Source.extra_bytes`."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Gaussian(FullSpace):
+    """Standard normal in all trained numbers, of the run's kind of noise."""
+
+    name: ClassVar[str] = "gaussian"
+
+    def draw(self, ctx: Context) -> Direction:
+        """See `Source.draw`."""
+        return ctx.gaussian()
+
+
+@dataclass(frozen=True)
+class Rademacher(FullSpace):
+    """Independent signs."""
+
+    name: ClassVar[str] = "rademacher"
+
+    def draw(self, ctx: Context) -> Direction:
+        """See `Source.draw`."""
+        return ctx.rademacher()
+
+
+SOURCES: dict[str, type] = {
+    "gaussian": Gaussian,
+    "rademacher": Rademacher,
+}
+
+
+def make_source(name: str, options: dict[str, Any]) -> Source:
+    """A source from its name and options; a ConfigError names what is known."""
+    check_name("source", name, SOURCES)
+    made: Source = SOURCES[name](**check_options("source", name, SOURCES[name], options))
+    return made

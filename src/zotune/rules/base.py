@@ -1,0 +1,90 @@
+"""What most rules share: weight decay, nothing to remember, and full-size buffers where something is."""
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from zotune.core.context import Estimate
+from zotune.core.direction import Direction
+from zotune.core.errors import ConfigError
+from zotune.core.noise import CHUNK
+from zotune.core.site import Site
+from zotune.core.workspace import workspace
+
+# Tensors whose canonical name contains one of these are not decayed. MeZO's code lists bias, layer_norm and layernorm,
+# which leaves out LLaMA's final `model.norm`; here every norm counts.
+NO_DECAY = ("bias", "norm", "ln_")
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies to a tensor of this canonical name."""
+    return not any(part in name.lower() for part in NO_DECAY)
+
+
+class BaseRule:
+    """A rule that remembers nothing. A rule is a frozen dataclass; its fields are its options."""
+
+    name: ClassVar[str]
+    extra_state: ClassVar[str] = "none"
+    offers: ClassVar[frozenset[str]] = frozenset()
+
+    def extra_bytes(self, sites: Sequence[Site]) -> int:
+        """See `Rule.extra_bytes`."""
+        return 0
+
+    def prepare(self, estimate: Estimate) -> Estimate:
+        """See `Rule.prepare`."""
+        return estimate
+
+    def trial(self, direction: Direction, group: dict[str, Any]) -> Direction:
+        """See `Rule.trial`."""
+        raise ConfigError(f"Rule {self.name!r} cannot be tried: it remembers earlier steps.")
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Rule.state_dict`."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Rule.load_state_dict`."""
+
+    def check(self, option: str, good: bool, needed: str) -> None:
+        """Raise a ConfigError that names the option, what was given and what is needed, unless `good`."""
+        if not good:
+            raise ConfigError(f"{option} must be {needed}; got {getattr(self, option)!r} (rule {self.name!r}).")
+
+
+def shrink(weight: Tensor, site: Site, group: dict[str, Any]) -> None:
+    """w <- w - lr * weight_decay * w, not for biases and norms."""
+    decay = float(group["weight_decay"])
+    if decay and decays(site.name):
+        weight.mul_(1.0 - float(group["lr"]) * decay)
+
+
+def pieces(weight: Tensor, site: Site, estimate: Estimate) -> Iterator[tuple[Tensor, Site, Tensor]]:
+    """(weights, site, estimated gradient) of a (part of a) site, a chunk at a time: three flat views or buffers.
+
+    The gradient is valid until the next piece. A weight that is not contiguous comes whole.
+    """
+    if not weight.is_contiguous():
+        gradient = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+        estimate.direction.add_to(gradient, site)
+        yield weight, site, gradient
+        return
+    flat = weight.view(-1)
+    for offset, part in site.chunks(CHUNK):
+        gradient = workspace("gradient", part.count, weight.dtype, weight.device)
+        gradient.zero_()
+        estimate.direction.add_to(gradient, part)
+        yield flat[offset : offset + part.count], part, gradient
+
+
+def buffer(state: dict[str, Any], key: str, weight: Tensor, site: Site) -> Tensor:
+    """The part of a full-size buffer that belongs to a piece; zeros at first. It has the dtype of the values: fp32 or fp64."""
+    whole = state.get(key)
+    if whole is None:
+        whole = state[key] = torch.zeros(prod(site.shape), dtype=weight.dtype, device=weight.device)
+    part: Tensor = whole[site.start : site.start + site.count]
+    return part.view(weight.shape)
