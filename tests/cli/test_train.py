@@ -174,3 +174,63 @@ def test_another_base_model_in_the_run_folder_is_noticed(run, arguments, tiny, t
     save_file(changed, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LedgerError, match="its base is"):
         run("train", *words, "--out", tmp_path / "run")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+
+def lora(arguments, **changed):
+    options = {"mode": "lora", "lr": 1e-2, "eps": 1e-2, **changed}
+    return [*arguments, *(part for key, value in options.items() for part in (f"--{key}", str(value)))]
+
+
+def adapter(folder):
+    return load_file(folder / "model" / "adapter_model.safetensors")
+
+
+def test_lora_trains_adapters_alone_and_saves_the_standard_folder(run, arguments, tmp_path):
+    printed = run("train", *lora(arguments), "--out", tmp_path / "run").output
+    assert "lora: " in printed
+    saved = adapter(tmp_path / "run")
+    assert all("lora_" in name for name in saved)
+    assert any(float(t.abs().max()) > 0 for name, t in saved.items() if "lora_B" in name)  # B starts at zero
+    assert not (tmp_path / "run" / "model" / "model.safetensors").exists()
+    evaluated = run("evaluate", "--model", tmp_path / "run" / "model", *arguments[2:6], "--precision", "fp32").output
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert f"{results['after']['accuracy']:.3f}" in evaluated
+    assert f"{results['after']['loss']:.3f}" in evaluated
+
+
+def test_lora_replays_and_starts_from_its_seed(run, arguments, tiny, tmp_path):
+    for name in ("run", "again"):
+        torch.manual_seed(len(name))  # the adapters' start must not come from here
+        run("train", *lora(arguments), "--precision", "bf16", "--out", tmp_path / name)
+    assert same_bits(adapter(tmp_path / "run"), adapter(tmp_path / "again"))
+    ledger = tmp_path / "run" / "ledger.jsonl"
+    assert (
+        "equal to the trained" in run("replay", "--base", tiny[0], "--ledger", ledger, "--out", tmp_path / "r").output
+    )
+    assert same_bits(load_file(tmp_path / "r" / "adapter_model.safetensors"), adapter(tmp_path / "run"))
+
+
+def test_lora_refuses_another_base_model(run, arguments, tmp_path):
+    run("train", *lora(arguments), "--out", tmp_path / "run")
+    run("train", *arguments, "--out", tmp_path / "full")  # other frozen weights, the same shapes
+    with pytest.raises(LedgerError, match="not the base model"):
+        run("replay", "--base", tmp_path / "full" / "model", "--ledger", tmp_path / "run" / "ledger.jsonl", "--out",
+            tmp_path / "r")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--mode", "lorra"], "Did you mean 'lora'"),
+        (["--mode", "lora", "--mode-option", "rank=0"], "rank must be at least 1"),
+        (["--mode", "lora", "--mode-option", "rnk=4"], "Did you mean 'rank'"),
+        (["--mode", "lora", "--mode-option", "targets=nothing"], "LoRA cannot be attached"),
+    ],
+)
+def test_bad_modes_are_refused(run, arguments, tmp_path, options, said):
+    with pytest.raises((ConfigError, ModelError), match=said):
+        run("train", *arguments, *options, "--out", tmp_path / "run")

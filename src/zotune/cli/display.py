@@ -14,8 +14,15 @@ from zotune.config import TrainConfig
 from zotune.evaluate import Evaluation
 from zotune.job import Listener
 from zotune.methods import METHODS, make_method
+from zotune.rules import RULES, make_rule
 
 console = Console()
+NEEDS = {"slope": "a differentiable closure", "trial": "rule sgd or sign"}
+EXAMPLES: dict[str, dict[str, Any]] = {  # options that some methods cannot do without
+    "pgap": {"horizon": 1000},
+    "zo_finetuner": {"networks": "untrained"},
+}
+FORWARDS = {"blockwise": "2 per block"}  # where it depends on the model
 QUIET_SECONDS = 30.0  # without a terminal, a line this often stands in for the bar
 
 
@@ -127,15 +134,29 @@ def show_evaluation(plain: Evaluation, corrected: Evaluation, config: TrainConfi
 
 
 def show_methods() -> None:
-    """One row per method."""
-    table = Table()
-    for heading in ("method", "paper", "forwards per step", "extra memory per parameter", "needs"):
+    """One row per method, then one per rule."""
+    table = Table(title="methods: how a gradient is estimated from losses")
+    for heading in ("method", "paper", "forwards per step", "extra memory per trained parameter", "needs"):
         table.add_column(heading)
-    for name in METHODS:
-        method = make_method(name)
-        needs = ", ".join(sorted(method.needs)) or "nothing"
-        table.add_row(name, method.paper, f"{method.forwards:g}", method.extra_state, needs)
+    for row in method_rows():
+        table.add_row(*row)
     console.print(table)
+    table = Table(title="rules: how an estimate moves the weights")
+    for heading in ("rule", "extra memory per trained parameter"):
+        table.add_column(heading)
+    for name in RULES:
+        table.add_row(name, make_rule(name).extra_state)
+    console.print(table)
+
+
+def method_rows() -> list[tuple[str, str, str, str, str]]:
+    """Name, paper, forwards per step with the default options, extra memory, needs: of every method."""
+    rows = []
+    for name in METHODS:
+        made = make_method(name, EXAMPLES.get(name))
+        needs = ", ".join(NEEDS[need] for need in sorted(made.needs)) or "nothing"
+        rows.append((name, made.paper, FORWARDS.get(name, f"{made.forwards:g}"), made.extra_state, needs))
+    return rows
 
 
 def _share(numbers: dict[str, Any]) -> str:

@@ -12,7 +12,11 @@ import yaml
 from zotune.config import TrainConfig
 from zotune.core.errors import ConfigError
 
-OPTIONS = {"method_options": "--method-option", "rule_options": "--rule-option"}  # given as name=value, several times
+OPTIONS = {  # given as name=value, several times
+    "mode_options": "--mode-option",
+    "method_options": "--method-option",
+    "rule_options": "--rule-option",
+}
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:

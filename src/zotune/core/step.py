@@ -31,6 +31,10 @@ class Method(Protocol):
         """Queries per step, on average."""
         ...
 
+    def forwards_for(self, sites: Sequence[Site]) -> float:
+        """Queries per step when these sites are trained, for methods where it depends on them."""
+        ...
+
     def extra_bytes(self, sites: Sequence[Site]) -> int:
         """Bytes kept between steps when these sites are trained."""
         ...

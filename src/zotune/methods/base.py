@@ -26,6 +26,15 @@ class Base:
         """See `Method.needs`."""
         return frozenset()
 
+    @property
+    def forwards(self) -> float:
+        """See `Method.forwards`."""
+        raise NotImplementedError
+
+    def forwards_for(self, sites: Sequence[Site]) -> float:
+        """See `Method.forwards_for`."""
+        return self.forwards
+
     def extra_bytes(self, sites: Sequence[Site]) -> int:
         """See `Method.extra_bytes`."""
         return 0
