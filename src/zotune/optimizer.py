@@ -1,8 +1,7 @@
 """ZO: a method, a rule and an engine put together as a `torch.optim.Optimizer`."""
 
-import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from zotune.core.step import Closure, Engine, Method, Outcome, Rule, settle
 from zotune.core.weights import Weights
 from zotune.engines import make_engine
 from zotune.methods import make_method
-from zotune.parameters import default_eps, named_groups, warn_small_eps
+from zotune.parameters import check_hyperparameters, default_eps, named_groups, warn_small_eps
 from zotune.rules import make_rule
 from zotune.version import __version__
 
@@ -94,7 +93,7 @@ class ZO(torch.optim.Optimizer):
             "zo_counts": {"updates": 0, "forwards": 0, "refused": 0},
         }
         super().__init__(groups, defaults)
-        _check_hyperparameters(self.param_groups)
+        check_hyperparameters(self.param_groups)
         warn_small_eps(tensors, self.param_groups[0]["eps"])
         self.weights = Weights(self._named(), low_precision)
         self.engine: Engine = make_engine(engine, self.weights, self.method, self.rule)
@@ -143,7 +142,7 @@ class ZO(torch.optim.Optimizer):
         Returns:
             The loss to log, a 0-d float64 tensor.
         """
-        _check_hyperparameters(self.param_groups)
+        check_hyperparameters(self.param_groups)
         step, seed = self.step_number, self.seed
         queries = _seed_of(seed, step)
         ctx = Context(
@@ -248,7 +247,10 @@ class ZO(torch.optim.Optimizer):
         """As `torch.optim.Optimizer.state_dict`: tensors, numbers, strings; loads with `weights_only=True`."""
         self.param_groups[0]["zo_method"] = self.method.state_dict()
         self.param_groups[0]["zo_rule"] = self.rule.state_dict()
-        return super().state_dict()
+        state = super().state_dict()
+        state["param_groups"][0]["zo_counts"] = dict(self._counts)  # these go on counting
+        self._forget_states()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state. Tensors keep their dtype (torch's own loading casts them to the parameter's)."""
@@ -262,7 +264,12 @@ class ZO(torch.optim.Optimizer):
             self.weights.by_tensor[id(parameter)].carried = self.state[parameter].get("carried")
         self.method.load_state_dict(self.param_groups[0]["zo_method"])
         self.rule.load_state_dict(self.param_groups[0]["zo_rule"])
+        self._forget_states()
         self._pending = None
+
+    def _forget_states(self) -> None:
+        """The groups only carry them into and out of files; kept there, a learned mean would be held twice."""
+        self.param_groups[0] |= {"zo_method": {}, "zo_rule": {}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only at construction: sites, noise and ledger are fixed then."""
@@ -308,16 +315,3 @@ def _seed_of(seed: int, step: int) -> int:
     """The seed of the common random numbers of a step, 63 bits."""
     high, low = stream(seed, "queries", step).key
     return (high << 31) ^ low
-
-
-def _check_hyperparameters(groups: Iterable[dict[str, Any]]) -> None:
-    checks: list[tuple[str, Callable[[float], bool], str]] = [
-        ("lr", lambda v: v >= 0, "at least 0; 1e-7 to 1e-5 is usual for full tuning, 1e-5 to 1e-3 for LoRA"),
-        ("eps", lambda v: v > 0, "positive; 1e-3 to 1e-2 is usual for weights of scale 0.02 to 0.2"),
-        ("weight_decay", lambda v: v >= 0, "at least 0"),
-    ]
-    for group in groups:
-        for key, good, needed in checks:
-            value = float(group[key])
-            if not (math.isfinite(value) and good(value)):
-                raise ConfigError(f"{key} must be {needed}; got {value}.")

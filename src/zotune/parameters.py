@@ -1,13 +1,14 @@
 """What may be handed to ZO, and what is refused before any work starts."""
 
+import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zotune.core.errors import ParameterError
+from zotune.core.errors import ConfigError, ParameterError
 from zotune.core.site import canonical_name
 
 TRAINABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -87,3 +88,17 @@ def warn_small_eps(tensors: Iterable[Tensor], eps: float) -> None:
             "(measured on SmolLM2-135M). Use eps=1e-2, or keep the weights in fp32.",
             stacklevel=4,
         )
+
+
+def check_hyperparameters(groups: Iterable[dict[str, Any]]) -> None:
+    """Raise a ConfigError if a group's lr, eps or weight decay is out of range."""
+    checks: list[tuple[str, Callable[[float], bool], str]] = [
+        ("lr", lambda v: v >= 0, "at least 0; 1e-7 to 1e-5 is usual for full tuning, 1e-5 to 1e-3 for LoRA"),
+        ("eps", lambda v: v > 0, "positive; 1e-3 to 1e-2 is usual for weights of scale 0.02 to 0.2"),
+        ("weight_decay", lambda v: v >= 0, "at least 0"),
+    ]
+    for group in groups:
+        for key, good, needed in checks:
+            value = float(group[key])
+            if not (math.isfinite(value) and good(value)):
+                raise ConfigError(f"{key} must be {needed}; got {value}.")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from zotune.config import TrainConfig
 from zotune.core.errors import DataError
@@ -69,13 +70,18 @@ def batch_at(step: int, count: int, size: int, seed: int) -> list[int]:
     return chosen
 
 
-def closure_for(scorer: OptionScorer, batch: Sequence[Encoded], micro_batch: int | None) -> Callable[[], float]:
-    """The loss of a batch; in micro-batches the mean over examples stays the same."""
+def closure_for(scorer: OptionScorer, batch: Sequence[Encoded], micro_batch: int | None) -> Callable[[], Tensor]:
+    """The loss of a batch, as a 0-d tensor; in micro-batches the mean over examples stays the same."""
     size = micro_batch or len(batch)
     parts = [batch[start : start + size] for start in range(0, len(batch), size)]
 
-    def closure() -> float:
-        return sum(float(scorer.loss(part)) * len(part) for part in parts) / len(batch)
+    def closure() -> Tensor:
+        if len(parts) == 1:
+            return scorer.loss(parts[0])
+        total = scorer.loss(parts[0]).double() * len(parts[0])
+        for part in parts[1:]:
+            total = total + scorer.loss(part).double() * len(part)
+        return total / total.new_tensor(len(batch))  # by a tensor: CUDA divides by a number as by its reciprocal
 
     return closure
 

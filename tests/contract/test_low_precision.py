@@ -253,3 +253,23 @@ def test_nothing_is_carried_before_the_first_move():
 def test_unknown_mode():
     with pytest.raises(ConfigError, match="carry, plain, stochastic; got 'kahan'"):
         ZO([torch.zeros(3, requires_grad=True)], low_precision="kahan")
+
+
+def test_minus_zero_survives_carried_bits_in_fp16():
+    """-0.0 + 0 * ulp would be 0.0: a change of a bit at lr 0."""
+    weight = nn.Parameter(torch.tensor([-0.0, 1.0, 2.0], dtype=torch.float16))
+    opt = ZO([("w", weight)], lr=1e-5, eps=1e-2, seed=1)
+    opt.step(lambda: weight[1:].float().square().sum())  # carried bits exist from here on
+    with torch.no_grad():
+        weight[0] = -0.0
+        opt.weights.slots["w"].carried[0] = 0
+    slot = opt.weights.slots["w"]
+    assert bits(slot.storage.read(slot, slot.site))[0] == bits(torch.tensor([-0.0]))[0]
+
+
+def test_a_kept_state_does_not_go_on_counting():
+    weight = nn.Parameter(torch.ones(3))
+    opt = ZO([("w", weight)], lr=1e-5, seed=1)
+    state = opt.state_dict()
+    opt.step(lambda: weight.square().sum())
+    assert state["param_groups"][0]["zo_counts"] == {"updates": 0, "forwards": 0, "refused": 0}

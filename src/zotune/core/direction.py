@@ -150,7 +150,7 @@ HERE = Combination()  # the point that means the current weights
 
 
 def _sum(terms: list[tuple[Scalar, Direction]], site: Site, like: Tensor) -> Tensor:
-    total = torch.zeros(site.numel, dtype=like.dtype, device=like.device)
+    total = torch.full((site.numel,), -0.0, dtype=like.dtype, device=like.device)  # where nothing is added, -0.0 stays
     for coefficient, inner in terms:
         inner.add_to(total, site, coefficient)
     return total

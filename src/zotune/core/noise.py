@@ -24,6 +24,7 @@ from zotune.core.workspace import workspace
 from zotune.kernels.codebook import INDEX_BITS, WIDTH, scaled_rows
 from zotune.kernels.philox import Words, philox_scalar, words
 
+FEW = 1 << 14  # fewer numbers than this are scaled after they are gathered: the codebook has 16 times as many
 CHUNK = 1 << 18  # elements made at once: one megabyte of fp32, which stays in a second-level cache
 
 
@@ -46,6 +47,28 @@ def uniform(source: Stream, low: float, high: float) -> float:
     """One number from [low, high), 53 random bits; the same on every machine."""
     a, b, _, _ = philox_scalar((0, 0, 0, 0), source.key)
     return low + (high - low) * ((a >> 5) * 2**26 + (b >> 6)) / 2**53
+
+
+LANES = 1 << 16  # values of a lane
+
+
+def lanes(source: Stream, site: Site, device: torch.device) -> Tensor:
+    """16 random bits for each element that `site` means: (site.numel,) int64 in [0, LANES). A block has 8 lanes."""
+    if site.rows is None:
+        first, last = site.start // 8, -(-(site.start + site.count) // 8)
+        made = _lanes_of_blocks(source, site, torch.arange(first, last, device=device))
+        return made.view(-1)[site.start - first * 8 :][: site.count]
+    starts = site.rows.to(device) * site.width  # (k,) number of each row's first element
+    cover = (site.width - 1) // 8 + 2  # blocks that a row can touch
+    blocks = (starts // 8)[:, None] + torch.arange(cover, device=device)
+    made = _lanes_of_blocks(source, site, blocks.view(-1)).view(starts.numel(), cover * 8)
+    return made.gather(1, (starts % 8)[:, None] + torch.arange(site.width, device=device)).view(-1)
+
+
+def _lanes_of_blocks(source: Stream, site: Site, blocks: Tensor) -> Tensor:
+    """(b,) block numbers -> (b, 8): the low and the high half of each word in turn."""
+    made = words(source.key, site.id, blocks)
+    return torch.stack((made & 0xFFFF, made >> 16), dim=2).view(-1, 8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -172,12 +195,15 @@ def _add_run(flat: Tensor, site: Site, source: Stream, kind: str, scale: float |
     width, block = table.width, table.width * table.rows_per_block
     first, last = site.start // block, -(-(site.start + site.count) // block)
     index = _recent().row_numbers(table, source, site.id, first, last, flat.device)
-    rows = scaled_rows(table.book, scale, flat.dtype, flat.device)
+    few = site.count < FEW
+    rows = scaled_rows(table.book, 1.0 if few else scale, flat.dtype, flat.device)
     skip = site.start - first * block  # elements of the first block that lie before the run
     for offset in range(0, site.count, CHUNK):
         count = min(CHUNK, site.count - offset)
         top, bottom = (skip + offset) // width, -(-(skip + offset + count) // width)
         made = _gather(rows, index[top:bottom]).view(-1)[skip + offset - top * width :][:count]
+        if few:
+            made = made.mul_(scale if isinstance(scale, float | int) else scale.to(made))
         flat[offset : offset + count].add_(made)
 
 

@@ -270,7 +270,8 @@ def _split_fp16(values: Tensor, stored: Tensor, carried: Tensor) -> None:
 
 
 def _join_fp16(values: Tensor, stored: Tensor, carried: Tensor) -> None:
-    values.add_(carried.to(torch.float32) * _fp16_unit(stored))
+    rest = carried.to(torch.float32) * _fp16_unit(stored)
+    values.add_(rest.masked_fill_(carried == 0, -0.0))  # adding 0.0 would turn -0.0 into 0.0; -0.0 changes nothing
 
 
 Halves = Callable[[Tensor, Tensor, Tensor], None]  # (values, stored, carried), all of one shape

@@ -18,6 +18,7 @@ from zotune.core.errors import ClosureError
 from zotune.core.step import Closure
 from zotune.core.weights import Slot, Weights
 from zotune.engines.audit import ReadAudit
+from zotune.engines.forward_mode import ask_slope, attach, check_slope
 from zotune.engines.query import ask, check_here
 
 
@@ -25,14 +26,15 @@ class InPlace:
     """Writes perturbed values into the stored tensors during a query."""
 
     name: ClassVar[str] = "in_place"
-    offers: ClassVar[frozenset[str]] = frozenset()
-    extra_memory: ClassVar[str] = "one copy of the trained tensors during a query"
+    offers: ClassVar[frozenset[str]] = frozenset({"slope"})
+    extra_memory: ClassVar[str] = "one copy of the trained tensors during a query"  # of a slope: their tangents
 
     def __init__(self, weights: Weights, reason: str = "asked for") -> None:
         self.weights = weights
         self.reason = reason
         self.check_forwards = 0  # forwards spent on checking, beside those that the method asks for
         self._unread: set[str] | None = None  # not known before the first query
+        self._slope_checked = False
 
     def losses(self, points: Sequence[Direction], closure: Closure, seed: int) -> Tensor:
         """See `Engine.losses`."""
@@ -44,6 +46,24 @@ class InPlace:
                 answers.append(ask(closure, self.weights, seed))
         refuse_standing_still(answers, points, self._unread or (), self.weights)
         return as_losses(answers)
+
+    def slope(self, direction: Direction, closure: Closure, seed: int) -> tuple[float, float]:
+        """The loss at the current weights and its derivative along a direction."""
+        if self._unread is None:
+            self._survey(closure, seed)
+        loss, derivative = ask_slope(self, direction, closure, seed)
+        if not self._slope_checked:
+            check_slope(self, direction, closure, seed, derivative)
+            self._slope_checked = True
+        return loss, derivative
+
+    @contextmanager
+    def along(self, direction: Direction, only: Collection[str] | None = None) -> Iterator[None]:
+        """Inside a dual level: the stored tensors carry the direction as tangent until the level ends."""
+        for slot in self.weights:
+            if direction.touches(slot.site) and (only is None or slot.site.name in only):
+                attach(slot, direction)
+        yield
 
     @contextmanager
     def at(self, point: Direction, only: Collection[str] | None = None) -> Iterator[None]:

@@ -9,12 +9,15 @@ Hooks see only what a module reads of itself. The first forward runs at the curr
 own trained tensors; the first query runs under an audit (`engines.audit`), and tensors that something else reads as
 well (a functional call, a penalty on the weights in the closure, nn.MultiheadAttention's output layer) are perturbed in
 place from then on. `reason` says what was found.
+
+A slope (`engines.forward_mode`) is asked for in the same way, with dual tensors in the place of scratch.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import MethodType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +32,12 @@ from zotune.core.weights import Slot, Weights
 from zotune.engines.audit import ReadAudit, memory_of
 from zotune.engines.check import compare_engines
 from zotune.engines.forms import MIN_NUMEL, Form, form_for
+from zotune.engines.forward_mode import ask_slope, check_slope, dual, probe_scale
 from zotune.engines.in_place import InPlace, refuse_standing_still
 from zotune.engines.query import ask, check_here
 from zotune.engines.scratch import Scratch
 
+Answer = TypeVar("Answer")
 Replaced = list[tuple[str, nn.Parameter, Tensor]]  # attribute, parameter, scratch
 
 
@@ -40,7 +45,7 @@ class Layerwise:
     """Swaps perturbed scratch tensors into each module for the length of its forward."""
 
     name: ClassVar[str] = "layerwise"
-    offers: ClassVar[frozenset[str]] = frozenset()
+    offers: ClassVar[frozenset[str]] = frozenset({"slope"})
     extra_memory: ClassVar[str] = "scratch for one module during a query"
 
     def __init__(self, weights: Weights) -> None:
@@ -58,6 +63,8 @@ class Layerwise:
         self._unread: set[str] = set()
         self._point: Direction = HERE
         self._only: Collection[str] | None = None
+        self._tangents = False  # the point is not a displacement but the tangent of the current weights
+        self._slope_checked = False
         self._audit: ReadAudit | None = None
         self._running: list[tuple[nn.Module, Replaced]] = []
         self._met: set[str] = set()
@@ -79,15 +86,36 @@ class Layerwise:
         refuse_standing_still(answers, points, self._unread, self.weights)
         return as_losses(answers)
 
+    def slope(self, direction: Direction, closure: Closure, seed: int) -> tuple[float, float]:
+        """The loss at the current weights and its derivative along a direction."""
+        near = probe_scale(self.weights) * direction
+        moving = near if self._moves(near) else None
+        if self._owners is None:
+            self._look(moving, closure, seed)
+        query = partial(ask_slope, self, direction, closure, seed)
+        answer = self._watched(query)
+        if self._strange:
+            self.check_forwards += 1
+            self._look(moving, closure, seed)
+            answer = self._watched(query)
+        if not self._slope_checked:
+            check_slope(self, direction, closure, seed, answer[1])
+            self._slope_checked = True
+        return answer
+
     def _wave(self, points: Sequence[Direction], closure: Closure, seed: int) -> list[float]:
-        answers = []
-        for point in points:
-            self._met = set()
+        def loss(point: Direction) -> float:
             with self.at(point):
-                answers.append(ask(closure, self.weights, seed))
-            if not self._met <= (self._owners or set()):  # the closure took a new path through the model
-                self._owners = None
-        return answers
+                return ask(closure, self.weights, seed)
+
+        return [self._watched(partial(loss, point)) for point in points]
+
+    def _watched(self, query: Callable[[], Answer]) -> Answer:
+        self._met = set()
+        answer = query()
+        if not self._met <= (self._owners or set()):  # the closure took a new path through the model
+            self._owners = None
+        return answer
 
     @contextmanager
     def at(self, point: Direction, only: Collection[str] | None = None) -> Iterator[None]:
@@ -96,8 +124,23 @@ class Layerwise:
             yield
             return
         direct = self.direct if only is None else self.direct.intersection(only)
+        with self.in_place.at(point, direct) if direct else nullcontext(), self._swapped(point, only):
+            yield
+
+    @contextmanager
+    def along(self, direction: Direction) -> Iterator[None]:
+        """Inside a dual level: modules called inside the block see the current weights, with the direction as tangent."""
+        self._tangents = True
+        try:
+            with self.in_place.along(direction, self.direct), self._swapped(direction, None):
+                yield
+        finally:
+            self._tangents = False
+
+    @contextmanager
+    def _swapped(self, point: Direction, only: Collection[str] | None) -> Iterator[None]:
         self._point, self._only = point, only
-        with self.in_place.at(point, direct) if direct else nullcontext(), self._hooked(self._enter):
+        with self._hooked(self._enter):
             try:
                 self._install_forms()
                 yield
@@ -136,8 +179,7 @@ class Layerwise:
                 continue
             self._met.add(slot.site.name)
             if self._swaps(slot) and not self._has_form(module, slot):
-                scratch = self._scratch.take(slot.tensor)
-                self._fill(slot, slot.site, scratch)
+                scratch = self._replacement(slot)
                 module._parameters[attribute] = scratch  # type: ignore[assignment]
                 replaced.append((attribute, parameter, scratch))
 
@@ -150,12 +192,19 @@ class Layerwise:
         kept = {memory_of(t) for t in tree_iter(output) if isinstance(t, Tensor)}
         for attribute, parameter, scratch in replaced:
             module._parameters[attribute] = parameter
-            if memory_of(scratch) not in kept:  # a module may hand out its weight itself
+            if not self._tangents and memory_of(scratch) not in kept:  # a module may hand out its weight itself
                 self._scratch.give(scratch)
 
     def _swaps(self, slot: Slot) -> bool:
         name = slot.site.name
         return name not in self.direct and (self._only is None or name in self._only) and self._point.touches(slot.site)
+
+    def _replacement(self, slot: Slot) -> Tensor:
+        if self._tangents:
+            return dual(slot, slot.site, tuple(slot.tensor.shape), self._point)
+        scratch = self._scratch.take(slot.tensor)
+        self._fill(slot, slot.site, scratch)
+        return scratch
 
     def _fill(self, slot: Slot, part: Site, out: Tensor) -> None:
         with self._audit.paused() if self._audit is not None else nullcontext():
@@ -171,6 +220,8 @@ class Layerwise:
                 continue
 
             def perturbed(part: Site, shape: tuple[int, ...], slot: Slot = slot) -> Tensor:
+                if self._tangents:
+                    return dual(slot, part, shape, self._point)
                 out = torch.empty(shape, dtype=slot.tensor.dtype, device=slot.tensor.device)
                 self._fill(slot, part, out)
                 return out
