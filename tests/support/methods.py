@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from zotune.methods import make_method
 from zotune.optimizer import ZO
+from zotune.rules import RULES
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,53 @@ class Variant:
             )  # fmt: skip
 
 
+SUBSPACE = {"rank": 2, "interval": 3}
 VARIANTS = [
     Variant("mezo"),
     Variant("mezo", {"n": 3}),
     Variant("mezo", {"sides": 1}),
+    *(Variant("mezo", rule=rule) for rule in RULES if rule != "sgd"),
+    Variant("kerzoo"),
+    Variant("kerzoo", {"n": 2, "order": 5, "source": "subzero", "source_options": SUBSPACE}),
+    Variant("kerzoo", {"variant": "released"}),
+    Variant("kerzoo", rule="momentum"),
+    Variant("kerzoo", rule="adam"),
+    Variant("kerzoo", rule="sign", lr=1e-5),
+    Variant("subzero", SUBSPACE),
+    Variant("subzero", {**SUBSPACE, "reshape": "always", "sides": 1}),
+    Variant("lozo", {"rank": 2, "interval": 3}),
+    Variant("lozo", {"rank": 2, "interval": 3, "momentum": 0.9}),
+    Variant("pgap", {"rank": 2, "h": 2, "k": 3, "horizon": 10}, period=3),
+    Variant("pgap", {"rank": 2, "h": 2, "k": 3, "delta_start": 1.0, "delta_end": 1.0, "xi": "shared"}, period=3),
+    Variant("pgap", {"rank": 3, "h": 2, "k": 3, "horizon": 10, "cap": True, "basis": "random"}, period=3),
+    Variant("pgap", {"rank": 2, "h": 2, "k": 3, "horizon": 10}, rule="momentum", period=3),
+    Variant("pgap", {"rank": 2, "h": 2, "k": 3, "horizon": 10}, rule="adam", period=3),
+    Variant("pgap", {"rank": 2, "h": 2, "k": 3, "horizon": 10}, rule="sign", lr=1e-5, period=3),
+    Variant("pizo"),
+    Variant("pizo", {"variant": "greedy"}),
+    Variant("pizo", {"source": "subzero", "source_options": SUBSPACE}),
+    Variant("pizo", rule="momentum"),
+    Variant("pizo", rule="adam"),
+    Variant("pizo", rule="sign", lr=1e-5),
+    Variant("ldsd", {"lr_mu": 0.01}),
+    Variant("ldsd", {"lr_mu": 0.01, "mean": "bf16", "ratio": 0.3, "decay": 0.1, "normalise": True}),
+    Variant("ldsd", {"lr_mu": 0.01, "mean": "int8"}),
+    Variant("ldsd", {"lr_mu": 0.01}, rule="momentum"),
+    Variant("ldsd", {"lr_mu": 0.01}, rule="adamm"),
+    Variant("ldsd", {"lr_mu": 0.01, "ratio": 0.3}, rule="jaguar", lr=1e-5),
+    Variant("jaguar"),
+    Variant("jaguar", rule="jaguar", lr=1e-5),
+    Variant("zo_finetuner", {"networks": "untrained"}, reads_weights=True),
+    Variant("zo_finetuner", {"networks": "constant"}),
+    Variant("zo_finetuner", {"networks": "untrained"}, rule="adam", reads_weights=True),
+    Variant("conservative"),
+    Variant("conservative", rule="sign", lr=1e-3),
+    Variant("sparse", {"interval": 3}),
+    Variant("sparse", {"interval": 3, "kind": "magnitude", "n": 2}, reads_weights=True),
+    Variant("blockwise"),
+    Variant("blockwise", {"update": "each", "level": "tensor"}),
+    Variant("fzoo", lr=1e-5),
+    Variant("forward_grad"),
+    Variant("es"),
+    Variant("es", {"source": "rademacher"}, rule="momentum"),
 ]

@@ -1,4 +1,4 @@
-"""The command line: `zotune train | evaluate | replay | methods | doctor`."""
+"""The command line: `zotune train | evaluate | replay | import-finetuner | methods | doctor`."""
 
 import sys
 

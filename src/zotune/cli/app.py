@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from zotune.cli.finetuner import import_finetuner
 from zotune.cli.settings import with_settings
 from zotune.config import load_config
 
@@ -80,6 +81,9 @@ def replay(
     with Display(0) as display:
         outcome = rebuild(base, ledger, out, display)
     typer.echo(outcome)
+
+
+app.command(name="import-finetuner")(import_finetuner)
 
 
 @app.command()

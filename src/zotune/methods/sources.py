@@ -12,6 +12,9 @@ from zotune.core.context import Context
 from zotune.core.direction import Direction
 from zotune.core.registry import check_name, check_options
 from zotune.core.site import Site
+from zotune.methods.lozo import Lazy
+from zotune.methods.sparse import SparseNoise
+from zotune.methods.subzero import Subspace
 
 
 class Source(Protocol):
@@ -64,6 +67,9 @@ class Rademacher(FullSpace):
 SOURCES: dict[str, type] = {
     "gaussian": Gaussian,
     "rademacher": Rademacher,
+    "subzero": Subspace,
+    "lozo": Lazy,
+    "sparse": SparseNoise,
 }
 
 

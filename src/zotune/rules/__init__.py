@@ -5,10 +5,22 @@ from typing import Any
 from zotune.core.errors import ConfigError
 from zotune.core.registry import check_name, check_options
 from zotune.core.step import Rule
+from zotune.rules.adam import Adam
+from zotune.rules.adamm import AdaMM
+from zotune.rules.jaguar import Jaguar
+from zotune.rules.momentum import Momentum
+from zotune.rules.momentum_replayed import MomentumReplayed
 from zotune.rules.sgd import SGD
+from zotune.rules.sign import SignSGD
 
 RULES: dict[str, type] = {
     "sgd": SGD,
+    "sign": SignSGD,
+    "momentum": Momentum,
+    "momentum_replayed": MomentumReplayed,
+    "adam": Adam,
+    "adamm": AdaMM,
+    "jaguar": Jaguar,
 }
 
 

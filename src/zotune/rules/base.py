@@ -81,6 +81,24 @@ def pieces(weight: Tensor, site: Site, estimate: Estimate) -> Iterator[tuple[Ten
         yield flat[offset : offset + part.count], part, gradient
 
 
+def move(weight: Tensor, site: Site, group: dict[str, Any], step: Tensor) -> None:
+    """w <- (1 - lr * weight_decay) w - lr * step; lr 0 changes no bit.
+
+    Product and sum are rounded one after the other, as where directions are added: a fused operation rounds once, and
+    not every device and vector length has one.
+    """
+    lr = float(group["lr"])
+    if lr == 0.0:
+        return  # adding 0 would still turn -0.0 into 0.0
+    shrink(weight, site, group)
+    weight.sub_(step * lr)
+
+
+def buffer_bytes(sites: Sequence[Site], count: int) -> int:
+    """Bytes of `count` full-size buffers for sites whose values are fp32 (fp16 and bf16 weights too); fp64 takes twice that."""
+    return 4 * count * sum(site.numel for site in sites)
+
+
 def buffer(state: dict[str, Any], key: str, weight: Tensor, site: Site) -> Tensor:
     """The part of a full-size buffer that belongs to a piece; zeros at first. It has the dtype of the values: fp32 or fp64."""
     whole = state.get(key)

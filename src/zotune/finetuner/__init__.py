@@ -1,0 +1,1 @@
+"""Learned optimizers of the ZO Fine-tuner: one small network per tensor, which says how strongly to perturb it."""
