@@ -44,7 +44,7 @@ RUNS = {
     "ldsd, bf16 mean": {"method": "ldsd", "method_options": {"lr_mu": 4.0, "mean": "bf16"}},
     "ldsd, int8 mean": {"method": "ldsd", "method_options": {"lr_mu": 4.0, "mean": "int8"}},
     "jaguar": {"method": "jaguar", "rule": "jaguar", "method_options": {"ratio": 0.5}},
-    "conservative": {"method": "conservative", "lr": 4.0},
+    "conservative": {"method": "conservative", "lr": 0.234375},
     "sparse": {"method": "sparse", "method_options": {"interval": 3}},
     "blockwise": {"method": "blockwise", "method_options": {"level": "tensor"}},
     "blockwise, each": {"method": "blockwise", "method_options": {"level": "tensor", "update": "each"}},
@@ -104,7 +104,7 @@ def test_the_recorded_runs_moved_and_differ():
     for name, run in recorded.items():
         assert len({tuple(losses) for losses in run["losses"]}) == STEPS
         still = trajectory(**{**RUNS[name], "steps": 0})
-        assert sum(a != b for a, b in zip(run["weights"], still["weights"], strict=True)) >= 6
+        assert sum(a != b for a, b in zip(run["weights"], still["weights"], strict=True)) >= 4  # a mask leaves some
 
 
 if __name__ == "__main__":
