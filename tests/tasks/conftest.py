@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from zotune.tasks.encoding import Encoded
@@ -21,6 +21,7 @@ def tokenizer():
     """Byte-level BPE as in GPT-2: a word's leading space is part of its token; frequent words are one token."""
     bare = Tokenizer(models.BPE())
     bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bare.train_from_iterator(
         CORPUS * 4,
@@ -95,3 +96,43 @@ def ragged_batch():
     alike = [9, 8, 7, 6]
     batch.append(Encoded([5, 6, 7], (alike[:1], alike[:2], alike, [9, 8, 30], [40, 41]), 3))
     return batch
+
+
+def _architectures():
+    """Tiny random models of the architectures in use: a rotary, a grouped, a normed one, learned and offset positions."""
+    import transformers as hf
+
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    rotary = {**sizes, "intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.3}
+    opt = {**sizes, "ffn_dim": 48, "init_std": 0.3, "word_embed_proj_dim": 16}
+    window = {"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8}
+    gpt2 = {"vocab_size": VOCABULARY, "n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    return {
+        "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**rotary)),
+        "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**rotary)),
+        "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**rotary, head_dim=8)),
+        "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**opt)),
+        "gpt2": lambda: hf.GPT2LMHeadModel(
+            hf.GPT2Config(**gpt2, initializer_range=0.3, bos_token_id=0, eos_token_id=0)
+        ),
+        "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**rotary, head_dim=8)),
+        "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**rotary, **window)),
+        "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**rotary, **window)),
+    }
+
+
+@pytest.fixture(params=["llama", "qwen2", "qwen3", "opt", "gpt2", "gemma", "gemma2", "gemma3"])
+def architecture(request):
+    """One model of each architecture."""
+    model = _seeded(_architectures()[request.param])
+    model.config.use_cache = False
+    return model

@@ -11,7 +11,7 @@ import pytest
 
 from zotune.core.errors import ConfigError, DataError, MissingExtraError
 from zotune.tasks.catalogue import TASKS
-from zotune.tasks.rows import choose_rows, load_rows, read_jsonl
+from zotune.tasks.rows import choose_rows, load_rows, protocol_split, read_jsonl
 
 SST2 = TASKS["sst2"]
 ROWS = [{"sentence": f"film {number} é", "label": number % 2} for number in range(5)]
@@ -82,6 +82,31 @@ def test_hub(monkeypatch):
     assert asked == [("nyu-mll/glue", "sst2", "train"), ("nyu-mll/glue", "sst2", "validation")]
 
 
+def test_sets_distributed_as_a_script_are_taken_from_the_hubs_own_conversion(monkeypatch):
+    asked = []
+
+    def load_dataset(path, config, split, revision=None):
+        asked.append(revision)
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found super_glue.py")
+        return [{"premise": "a", "hypothesis": "b", "label": 1}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert load_rows(TASKS["rte"])["train"] == [{"premise": "a", "hypothesis": "b", "label": 1}]
+    assert asked == [None, "refs/convert/parquet"] * 2
+
+
+def test_rows_in_no_known_form_are_named(tmp_path):
+    good = {"passage": {"text": "a", "questions": [{"question": "q", "answers": [{"text": "b", "label": 1}]}]}}
+    write(tmp_path, lines([good, {"passage": {"text": "a"}}]), lines([good]))
+    with pytest.raises(DataError, match=r"row 1 of train .*none of the forms.*'questions'"):
+        load_rows(TASKS["multirc"], data_folder=tmp_path)
+    write(tmp_path, lines([good]), lines([good]))
+    assert load_rows(TASKS["multirc"], data_folder=tmp_path)["train"] == [
+        {"paragraph": "a", "question": "q", "answer": "b", "label": 1}
+    ]
+
+
 def test_hub_out_of_reach_or_datasets_absent(monkeypatch):
     def load_dataset(*_, **__):
         raise ConnectionError("no route")
@@ -113,3 +138,47 @@ def test_choice_leaves_global_random_state_alone():
     before = (random.getstate(), np.random.get_state()[1].tolist())
     choose_rows(list(range(100)), 30, seed=0)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "counts", "shrunk"),
+    [
+        ("sst2", (5000, 872), (1000, 500, 872), False),
+        ("boolq", (1500, 2000), (1000, 500, 1000), False),
+        ("copa", (400, 100), (300, 100, 100), True),
+        ("cb", (250, 56), (150, 100, 56), True),
+        ("wsc", (554, 104), (54, 500, 104), True),
+        ("winogrande", (2558, 1267), (1000, 100, 1000), False),
+    ],
+)
+def test_protocol_counts(name, rows, counts, shrunk):
+    made = {"train": [{"n": n} for n in range(rows[0])], "validation": [{"n": n} for n in range(rows[1])]}
+    split = protocol_split(TASKS[name], made, seed=0)
+    assert (len(split.train), len(split.dev), len(split.eval)) == counts
+    assert split.shrunk is shrunk
+    assert split.counts.startswith(f"{counts[0]} train, {counts[1]} dev, {counts[2]} eval rows")
+    assert ("small" in split.counts) is shrunk
+    train, dev = ({row["n"] for row in part} for part in (split.train, split.dev))
+    assert not train & dev
+
+
+def test_protocol_draws_numpys_permutation_and_dev_is_its_end():
+    rows = {"train": [{"n": n} for n in range(40)], "validation": [{"n": n} for n in range(30)]}
+    before = np.random.get_state()[1].tolist()
+    split = protocol_split(SST2, rows, seed=7, num_train=6, num_dev=3, num_eval=4)
+    assert np.random.get_state()[1].tolist() == before
+    np.random.seed(7)  # as MeZO's code draws
+    train = np.random.permutation(40).tolist()[:9]
+    np.random.seed(7)
+    evaluation = np.random.permutation(30).tolist()[:4]
+    assert [row["n"] for row in split.train] == train[:6]
+    assert [row["n"] for row in split.dev] == train[6:]
+    assert [row["n"] for row in split.eval] == evaluation
+
+
+def test_protocol_refusals():
+    rows = {"train": ROWS, "validation": ROWS}
+    with pytest.raises(DataError, match="5 training rows, and 500"):
+        protocol_split(SST2, rows, seed=0)
+    with pytest.raises(ConfigError, match="at least 1"):
+        protocol_split(SST2, rows, seed=0, num_train=0)

@@ -56,16 +56,17 @@ def test_no_rows_and_bad_tasks():
         Task("n", "{a}", {0: " x"}, "s", "l")
     with pytest.raises(ConfigError, match="label 1"):
         Task("n", "{a}", {0: " x", 1: " "}, "s", "l")
-    with pytest.raises(ConfigError, match="no task 'sst'; there are sst2, vader_movie"):
+    with pytest.raises(ConfigError, match=r"no task 'sst'; there are agnews, boolq, .*Did you mean 'sst2'"):
         find_task("sst")
 
 
 def test_overlapping_tasks_are_refused_both_ways():
-    sst2, vader = TASKS["sst2"], TASKS["vader_movie"]
-    for trained, evaluated in ((sst2, vader), (vader, sst2)):
+    sst2, vader, empty = TASKS["sst2"], TASKS["vader_movie"], TASKS["sst2_empty"]
+    for trained, evaluated in ((sst2, vader), (vader, sst2), (empty, vader), (vader, empty)):
         with pytest.raises(DataError, match="same corpus"):
             refuse_overlap(trained, evaluated)
     refuse_overlap(sst2, sst2)
+    refuse_overlap(sst2, empty)  # one set, the same split of it
     refuse_overlap(vader, vader)
 
 

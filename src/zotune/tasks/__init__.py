@@ -1,1 +1,1 @@
-"""The field's tasks: templates as data, rows, encoding, and scoring options by their likelihood."""
+"""The field's tasks: templates as data, rows, encoding, scoring options by their likelihood, generated answers."""

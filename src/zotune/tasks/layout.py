@@ -87,6 +87,11 @@ def lay_out(batch: Sequence[Encoded], pad_id: int) -> Layout:
     )
 
 
+def count_rows(example: Encoded) -> int:
+    """How many rows an example takes in a batch."""
+    return len(_tails(example))
+
+
 def _tails(example: Encoded) -> list[Tokens]:
     """What must be fed after the prompt: the options without their last token, those that begin another left out."""
     fed = sorted({tuple(option[:-1]) for option in example.option_ids}, key=lambda tail: (-len(tail), tail))

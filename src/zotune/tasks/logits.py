@@ -31,6 +31,10 @@ class LogitSource(Protocol):
         """Return the logits (Q, V) at the layout's queries."""
         ...
 
+    def read_on(self, ids: Tensor, cache: Any, row: Tensor, position: Tensor) -> tuple[Tensor, Any]:
+        """Read ids (R, S) after what a key-value cache holds (None: nothing); logits (Q, V) at places, and the cache."""
+        ...
+
 
 class BodyAndHead:
     """The decoder and the output matrix, called one after the other; only the first under autocast."""
@@ -42,14 +46,23 @@ class BodyAndHead:
 
     def hidden(self, layout: Layout, device: torch.device) -> Tensor:
         """Return the last hidden states (Q, d) at the layout's queries."""
-        with _lowered(device, self.autocast):
+        with lowered(device, self.autocast):
             states = _body_states(self.body, layout.input_ids.to(device))
         # a gathered copy: a strided slice takes a batched matrix path in the head, at ten times the cost of all logits
         return states[layout.query_row.to(states.device), layout.query_position.to(states.device)]
 
     def logits(self, layout: Layout, device: torch.device) -> Tensor:
         """Return the logits (Q, V) at the layout's queries."""
-        logits: Tensor = self.head(self.hidden(layout, device).to(next(self.head.parameters()).dtype))
+        return self._through_head(self.hidden(layout, device))
+
+    def read_on(self, ids: Tensor, cache: Any, row: Tensor, position: Tensor) -> tuple[Tensor, Any]:
+        """See ``LogitSource.read_on``."""
+        with lowered(ids.device, self.autocast):
+            output = self.body(input_ids=ids, past_key_values=cache, use_cache=True)
+        return self._through_head(output.last_hidden_state[row, position]), output.past_key_values
+
+    def _through_head(self, states: Tensor) -> Tensor:
+        logits: Tensor = self.head(states.to(next(self.head.parameters()).dtype))
         return logits
 
 
@@ -69,9 +82,16 @@ class WholeModel:
         if self.keeps:
             kept, positions = torch.unique(positions, return_inverse=True)
             extra["logits_to_keep"] = kept.to(device)
-        with _lowered(device, self.autocast):
+        with lowered(device, self.autocast):
             logits: Tensor = self.model(input_ids=layout.input_ids.to(device), use_cache=False, **extra).logits
         return logits[layout.query_row.to(logits.device), positions.to(logits.device)]
+
+    def read_on(self, ids: Tensor, cache: Any, row: Tensor, position: Tensor) -> tuple[Tensor, Any]:
+        """See ``LogitSource.read_on``."""
+        with lowered(ids.device, self.autocast):
+            output = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        start = 0 if cache is not None else self.virtual_tokens
+        return output.logits[row, start + position], output.past_key_values
 
 
 def find_logit_source(
@@ -139,7 +159,7 @@ def shared_rows(source: LogitSource, device: torch.device) -> tuple[nn.Embedding
     return rows, "only the options' rows of the head: the normaliser cancels between options of one token"
 
 
-def _lowered(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[object]:
+def lowered(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[object]:
     """Autocast, if asked for. Its cache of cast weights is off: weights move between two calls of a closure."""
     if autocast is None:
         return nullcontext()

@@ -6,6 +6,7 @@ answer does not depend on: see ``layout`` for the rows and ``logits`` for the po
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ class OptionScorer:
     fp64 model) from the logits on, whatever the forward's dtype.
 
     Attributes:
+        source: answers with logits.
         source_reason: how the model is asked for logits, and why.
         loss_reason: whether ``loss`` skips the full logits for options of one token, and why.
         option_rows: the module through which it does, which shares the Parameter of the head; or None. It is not a
@@ -47,9 +49,9 @@ class OptionScorer:
         self.model = model
         self.pad_id = pad_id if pad_id is not None else 0
         self.autocast = autocast
-        self._source, self.source_reason = find_logit_source(model, self.device, autocast)
-        self.option_rows, self.loss_reason = shared_rows(self._source, self.device)
-        self._longest: int | None = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        self.source, self.source_reason = find_logit_source(model, self.device, autocast)
+        self.option_rows, self.loss_reason = shared_rows(self.source, self.device)
+        self._longest = context_of(model)
 
     @property
     def device(self) -> torch.device:
@@ -62,14 +64,17 @@ class OptionScorer:
         Raises:
             DataError: the batch is empty, malformed, or longer than the model can read.
         """
-        layout = self._lay_out(batch)
-        logits = _wide(self._source.logits(layout, self.device))  # (Q, V)
-        device = logits.device
-        query = layout.token_query.to(device)
-        log_probability = logits[query, layout.token_id.to(device)] - logits.logsumexp(-1)[query]  # (T,)
-        weighted = log_probability * layout.token_weight.to(log_probability)
-        flat = weighted.new_zeros(layout.present.numel()).index_add(0, layout.token_option.to(device), weighted)
-        return flat.view(layout.present.shape).masked_fill(~layout.present.to(device), -torch.inf)
+        layout = self.lay_out(batch)
+        return mean_per_option(_log_probabilities(self.source.logits(layout, self.device), layout), layout)
+
+    def sums(self, batch: Sequence[Encoded]) -> Tensor:
+        """Return the log-probability of each option as a whole: (B, K), -inf where there are fewer than K options.
+
+        Raises:
+            DataError: the batch is empty, malformed, or longer than the model can read.
+        """
+        layout = self.lay_out(batch)
+        return _per_option(_log_probabilities(self.source.logits(layout, self.device), layout), layout)
 
     def loss(self, batch: Sequence[Encoded]) -> Tensor:
         """Return the mean over examples of the cross entropy of the right option under softmax(scores): a scalar.
@@ -78,7 +83,7 @@ class OptionScorer:
             DataError: the batch is empty, malformed, or longer than the model can read.
         """
         if self.option_rows is not None and all(len(option) == 1 for example in batch for option in example.option_ids):
-            layout = self._lay_out(batch)
+            layout = self.lay_out(batch)
             scores = self._relative_scores(layout, self.option_rows)
             labels = layout.labels
         else:
@@ -88,17 +93,18 @@ class OptionScorer:
 
     def _relative_scores(self, layout: Layout, option_rows: nn.Embedding) -> Tensor:
         """Scores (B, K) of one-token options, short of a number for each example that no difference depends on."""
-        assert isinstance(self._source, BodyAndHead)
-        hidden = self._source.hidden(layout, self.device)  # (B, d)
+        assert isinstance(self.source, BodyAndHead)
+        hidden = self.source.hidden(layout, self.device)  # (B, d)
         ids, column = torch.unique(layout.token_id, return_inverse=True)
-        few = _wide(option_rows(ids.to(hidden.device)))  # (U, d)
-        logits = _wide(hidden) @ few.T  # (B, U)
+        few = wide(option_rows(ids.to(hidden.device)))  # (U, d)
+        logits = wide(hidden) @ few.T  # (B, U)
         example = layout.token_option // layout.present.shape[1]
         picked = logits[example.to(logits.device), column.to(logits.device)]  # (T,), in the order of ``present``
         scores = picked.new_full(layout.present.shape, -torch.inf)
         return scores.masked_scatter(layout.present.to(logits.device), picked)
 
-    def _lay_out(self, batch: Sequence[Encoded]) -> Layout:
+    def lay_out(self, batch: Sequence[Encoded]) -> Layout:
+        """Lay out a batch that the model can read."""
         layout = lay_out(batch, self.pad_id)
         if self._longest is not None and layout.input_ids.shape[1] > self._longest:
             raise DataError(
@@ -108,6 +114,32 @@ class OptionScorer:
         return layout
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def mean_per_option(log_probability: Tensor, layout: Layout) -> Tensor:
+    """Scores (B, K) from the log-probabilities (T,) of a layout's option tokens."""
+    return _per_option(log_probability * layout.token_weight.to(log_probability), layout)
+
+
+def _log_probabilities(logits: Tensor, layout: Layout) -> Tensor:
+    """Log-probability (T,) of each option token after what is before it."""
+    logits = wide(logits)  # (Q, V)
+    query = layout.token_query.to(logits.device)
+    return logits[query, layout.token_id.to(logits.device)] - logits.logsumexp(-1)[query]
+
+
+def _per_option(terms: Tensor, layout: Layout) -> Tensor:
+    """Add up terms (T,) of option tokens by option: (B, K), -inf where an example has fewer options."""
+    flat = terms.new_zeros(layout.present.numel()).index_add(0, layout.token_option.to(terms.device), terms)
+    return flat.view(layout.present.shape).masked_fill(~layout.present.to(terms.device), -torch.inf)
+
+
+def context_of(model: nn.Module) -> int | None:
+    """Tokens that the model reads at most, those of a learned prefix or prompt taken off; None if it does not say."""
+    longest: int | None = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    adapter: Any = getattr(model, "active_peft_config", None)
+    virtual = adapter.num_virtual_tokens if getattr(adapter, "is_prompt_learning", False) else 0
+    return None if longest is None else longest - int(virtual)
+
+
+def wide(tensor: Tensor) -> Tensor:
     """At least fp32: what follows takes differences of large numbers."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
