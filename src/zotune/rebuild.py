@@ -10,7 +10,7 @@ from zotune.core.errors import LedgerError
 from zotune.core.ledger import read_ledger, weights_hash
 from zotune.core.site import canonical_name
 from zotune.job import Listener
-from zotune.models import load_model
+from zotune.models import load_any
 from zotune.replaying import optimizer_for, replay
 from zotune.run_folder import save_model
 from zotune.tuning import mode_of
@@ -29,14 +29,14 @@ def rebuild(base: str, ledger_path: Path, out: Path, listener: Listener) -> str:
     origin = ledger.header.get("base") or {}
     dtype = getattr(torch, origin["dtype"]) if "dtype" in origin else None
     listener.say(f"loading {base}")
-    model, tokenizer = load_model(base, dtype=dtype, say=listener.say)
+    model, tokenizer, _ = load_any(base, dtype=dtype, say=listener.say)
     mode, seed = mode_of(origin.get("mode"))
     model = mode.attach(model, seed)
     named = [(canonical_name(name), tensor) for name, tensor in model.named_parameters()]
     trained = [(name, tensor) for name, tensor in named if tensor.requires_grad]
     _check_base(base, origin, "weights", trained)
     _check_base(base, origin, "frozen", [(name, tensor) for name, tensor in named if not tensor.requires_grad])
-    opt = optimizer_for(trained, ledger)
+    opt = optimizer_for(mode.groups(trained, ledger.header["groups"][0]["eps"]) or trained, ledger)
     steps = len(ledger.entries)
 
     def progress(step: int) -> None:
@@ -62,5 +62,6 @@ def _check_base(base: str, origin: dict[str, Any], key: str, named: list[tuple[s
     if key in origin and (found := weights_hash(named)) != origin[key]:
         raise LedgerError(
             f"{base} is not the base model of this ledger: its weights hash to {found[:16]}, the ledger began at "
-            f"{origin[key][:16]} ({origin.get('model')})."
+            f"{origin[key][:16]} ({origin.get('model')}). (A prefix starts from a forward pass, which other processors round "
+            "otherwise: replay it on the kind of machine that made it.)"
         )

@@ -40,14 +40,20 @@ def replay(opt: ZO, entries: Sequence[Entry], progress: Callable[[int], None] | 
 def optimizer_for(named: Any, ledger: LedgerFile, base: Any = None) -> ZO:
     """The optimizer that wrote a ledger, over tensors that hold its base weights.
 
+    Args:
+        named: (name, tensor) pairs, or the parameter groups of the run.
+        ledger: as read.
+        base: what the run said of its base weights; None trusts the ledger.
+
     Raises:
         LedgerError: the tensors are not those of the run.
     """
-    header = ledger.header
-    if len(header["groups"]) > 1:
+    header, named = ledger.header, list(named)
+    grouped = bool(named) and isinstance(named[0], dict)
+    if (len(named) if grouped else 1) != len(header["groups"]):
         raise LedgerError(
             f"The ledger's run had {len(header['groups'])} parameter groups, and it does not say which tensor was in which. "
-            "Make ZO with the same groups yourself and call zotune.replay(opt, entries)."
+            "Give the same groups, or make ZO with them yourself and call zotune.replay(opt, entries)."
         )
     method, rule = dict(header["method"]), header["rule"]
     rule = {"name": rule} if isinstance(rule, str) else dict(rule)  # a rule without options is just its name

@@ -24,9 +24,10 @@ def draw_curves(ledger: LedgerFile, metrics: Sequence[dict[str, Any]], path: Pat
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    forwards = np.cumsum([len(entry.losses) for entry in ledger.entries])
+    total, answers = metrics[-1]["forwards"], np.cumsum([len(entry.losses) for entry in ledger.entries])
+    forwards = answers * (total / answers[-1]) if len(answers) else answers  # a slope is one forward and two numbers
     losses = np.array([entry.loss for entry in ledger.entries])
-    spent = [0 if line["step"] == 0 else int(forwards[line["step"] - 1]) for line in metrics]
+    spent = [line["forwards"] for line in metrics]
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
@@ -34,20 +35,18 @@ def draw_curves(ledger: LedgerFile, metrics: Sequence[dict[str, Any]], path: Pat
     left.plot(forwards, losses, color="0.8", linewidth=0.8, label="batch")
     left.plot(forwards, _smooth(losses), color="tab:blue", label="batch, running mean of 20 steps")
     left.plot(spent, [line["loss"] for line in metrics], "o-", color="tab:orange", label="held out")
-    left.axhline(
-        metrics[0]["prior_corrected"]["loss"], color="tab:green", linestyle="--", label="prior-corrected, untrained"
-    )
+    metric, corrected = metrics[0]["metric"], metrics[0].get("prior_corrected")
     left.set(xlabel="forward passes", ylabel="loss")
-    accuracy = [line["accuracy"] for line in metrics]
+    values = [line[metric] for line in metrics]
     error = [line["standard_error"] for line in metrics]
     right.errorbar(
-        spent, accuracy, yerr=error, fmt="o-", color="tab:orange", capsize=3, label="held out (1 standard error)"
+        spent, values, yerr=error, fmt="o-", color="tab:orange", capsize=3, label="held out (1 standard error)"
     )
-    right.axhline(accuracy[0], color="0.5", linestyle=":", label="zero-shot")
-    right.axhline(
-        metrics[0]["prior_corrected"]["accuracy"], color="tab:green", linestyle="--", label="prior-corrected, untrained"
-    )
-    right.set(xlabel="forward passes", ylabel="accuracy")
+    right.axhline(values[0], color="0.5", linestyle=":", label="zero-shot")
+    if corrected is not None:
+        for axes, key in ((left, "loss"), (right, metric)):
+            axes.axhline(corrected[key], color="tab:green", linestyle="--", label="prior-corrected, untrained")
+    right.set(xlabel="forward passes", ylabel=metric)
     for axes in (left, right):
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""Train on a prompted classification task: the main job.
+"""Train on a prompted task: the main job.
 
 Every part of a run is a function of its settings: which rows are drawn, their order, the noise, the schedule. So a
 killed run resumes from its last snapshot plus the ledger's lines, and ends with the bits of an uninterrupted run.
@@ -7,23 +7,22 @@ killed run resumes from its last snapshot plus the ledger's lines, and ends with
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
+from zotune.assess import numbers
 from zotune.config import TrainConfig
 from zotune.core.errors import DataError
 from zotune.core.ledger import check_header, has_header, read_ledger, weights_hash
-from zotune.evaluate import Evaluation, evaluate, fit_prior_correction, prior_corrected
+from zotune.evaluate import fit_prior_correction, prior_corrected
 from zotune.job import Job, Listener, make_optimizer, plan, prepare
+from zotune.objectives import SignalWatch, closure_for
 from zotune.optimizer import ZO
 from zotune.replaying import replay
 from zotune.report import draw_curves
 from zotune.run_folder import RunFolder, write_json
-from zotune.tasks.encoding import Encoded
-from zotune.tasks.scoring import OptionScorer
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
@@ -70,30 +69,17 @@ def batch_at(step: int, count: int, size: int, seed: int) -> list[int]:
     return chosen
 
 
-def closure_for(scorer: OptionScorer, batch: Sequence[Encoded], micro_batch: int | None) -> Callable[[], Tensor]:
-    """The loss of a batch, as a 0-d tensor; in micro-batches the mean over examples stays the same."""
-    size = micro_batch or len(batch)
-    parts = [batch[start : start + size] for start in range(0, len(batch), size)]
-
-    def closure() -> Tensor:
-        if len(parts) == 1:
-            return scorer.loss(parts[0])
-        total = scorer.loss(parts[0]).double() * len(parts[0])
-        for part in parts[1:]:
-            total = total + scorer.loss(part).double() * len(part)
-        return total / total.new_tensor(len(batch))  # by a tensor: CUDA divides by a number as by its reciprocal
-
-    return closure
-
-
 def _run(job: Job, opt: ZO, metrics: list[dict[str, Any]], listener: Listener) -> None:
-    config, first = job.config, opt.step_number
+    config, first, watch = job.config, opt.step_number, SignalWatch()
     while (step := opt.step_number) < config.steps:
         for group in opt.param_groups:
             group["lr"] = job.lr * SCHEDULES[config.schedule](step / config.steps)
         batch = [job.train[i] for i in batch_at(step, len(job.train), config.batch_size, config.data_seed)]
-        loss = opt.step(closure_for(job.scorer, batch, config.micro_batch))
+        loss = opt.step(closure_for(job.objective, batch, config.micro_batch))
         assert loss is not None
+        assert opt.last is not None
+        if advice := watch.step(opt.last.losses):
+            listener.say(advice)
         if step == first:
             listener.say(
                 f"engine {opt.engine.name}: {opt.engine.reason} ({opt.engine.check_forwards} forwards spent on checking)"
@@ -126,32 +112,34 @@ def _resume(job: Job, opt: ZO, listener: Listener) -> None:
 
 
 def _baselines(job: Job, opt: ZO, metrics: list[dict[str, Any]], listener: Listener) -> dict[str, Any]:
-    """Held-out accuracy before training, as it is and prior-corrected. A resumed run finds them in its metrics."""
+    """Held-out numbers before training, as it is and prior-corrected. A resumed run finds them in its metrics."""
     if not metrics:
         if opt.step_number:
             raise DataError(
                 f"{job.folder.metrics} has lost the evaluation of the untrained model, which cannot be made again at step "
                 f"{opt.step_number}. Start again in another folder; `zotune replay` rebuilds these weights."
             )
-        fit = evaluate(
-            job.scorer, job.train, batch_size=2 * job.config.batch_size, progress=_progress(listener, "training rows")
-        )
-        before = evaluate(
-            job.scorer, job.heldout, batch_size=2 * job.config.batch_size, progress=_progress(listener, "held out")
-        )
-        bias = fit_prior_correction(fit.scores, fit.labels)
-        corrected = prior_corrected(before, bias)
-        line = {**_line(0, 0, before), "prior_corrected": _numbers(corrected), "bias": bias.tolist()}
+        line = {**_stamp(0, 0), **assess_with_prior(job, listener)}
         metrics.append(line)
         job.folder.write_metrics(metrics)
         listener.evaluated(line)
     return metrics[0]
 
 
+def assess_with_prior(job: Job, listener: Listener) -> dict[str, Any]:
+    """Held-out numbers of the model as it is; with `prior_corrected` beside them where all rows have the same options."""
+    if job.task.kind != "classification":
+        return job.assessor.line(job.heldout, _progress(listener, "held out"))
+    fit = job.assessor.options(job.train, _progress(listener, "training rows"))
+    plain = job.assessor.options(job.heldout, _progress(listener, "held out"))
+    bias = fit_prior_correction(fit.scores, fit.labels)
+    corrected = prior_corrected(plain, bias)
+    return {**numbers(plain), "prior_corrected": numbers(corrected), "bias": bias.tolist()}
+
+
 def _evaluate_now(job: Job, opt: ZO, metrics: list[dict[str, Any]], listener: Listener) -> None:
-    progress = _progress(listener, "held out")
-    now = evaluate(job.scorer, job.heldout, batch_size=2 * job.config.batch_size, progress=progress)
-    line = _line(opt.step_number, opt.forwards, now)
+    now = job.assessor.line(job.heldout, _progress(listener, "held out"))
+    line = {**_stamp(opt.step_number, opt.forwards), **now}
     metrics.append(line)
     job.folder.write_metrics(metrics)
     listener.evaluated(line)
@@ -171,9 +159,9 @@ def _finish(
     ledger = read_ledger(job.folder.ledger)
     draw_curves(ledger, metrics, job.folder.curves, title=f"{job.config.model} on {job.config.task}, {opt.method.name}")
     results = {
-        "before": {key: before[key] for key in ("accuracy", "standard_error", "loss")},
-        "prior_corrected": before["prior_corrected"],
-        "after": {key: metrics[-1][key] for key in ("accuracy", "standard_error", "loss")},
+        "before": _result(before),
+        "prior_corrected": before.get("prior_corrected"),
+        "after": _result(metrics[-1]),
         "heldout_rows": len(job.heldout),
         "steps": opt.step_number,
         "refused_steps": opt.refused,
@@ -187,16 +175,15 @@ def _finish(
     return results
 
 
-def _line(step: int, forwards: int, evaluation: Evaluation) -> dict[str, Any]:
-    return {"step": step, **_numbers(evaluation), "time": round(time.time(), 1)}
-
-
-def _numbers(evaluation: Evaluation) -> dict[str, float]:
+def _result(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics without when it was taken."""
     return {
-        "accuracy": evaluation.accuracy,
-        "standard_error": evaluation.standard_error,
-        "loss": evaluation.mean_loss,
+        key: value for key, value in line.items() if key not in ("step", "forwards", "time", "prior_corrected", "bias")
     }
+
+
+def _stamp(step: int, forwards: int) -> dict[str, Any]:
+    return {"step": step, "forwards": forwards, "time": round(time.time(), 1)}
 
 
 def _progress(listener: Listener, what: str) -> Callable[[int, int], None]:

@@ -32,7 +32,7 @@ def test_a_run_leaves_weights_ledger_metrics_and_picture(run, arguments, tiny, t
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((out / "results.json").read_text())
     assert results["forwards"] == 2 * 12
-    assert set(results["prior_corrected"]) == {"accuracy", "standard_error", "loss"}
+    assert set(results["prior_corrected"]) == {"metric", "accuracy", "standard_error", "interval", "loss"}
     # the honest baseline stands beside before and after wherever people look
     assert all(word in printed for word in ("before", "prior-corrected", "after"))
     assert not same_bits(weights(out), load_file(tiny[0] / "model.safetensors"))

@@ -524,11 +524,11 @@ def scorer_and_batch():
 
 
 def test_the_trainers_closure_has_a_slope():
-    from zotune.training import closure_for
+    from zotune.objectives import Classification, closure_for
 
     case, scorer, batch = scorer_and_batch()
     for micro_batch in (None, 2):
-        case.closure = closure_for(scorer, batch, micro_batch)
+        case.closure = closure_for(Classification(scorer), batch, micro_batch)
         slope, truth, size, _ = slope_and_truth(case, "layerwise")
         assert abs(slope - truth) < 1e-5 * size
 
@@ -536,7 +536,7 @@ def test_the_trainers_closure_has_a_slope():
 def test_the_trainers_closure_gives_the_numbers_of_plain_sums():
     """What ledgers hold: the fp64 mean over examples of fp32 losses, summed in order. Equal bits."""
     from zotune.engines.query import as_number
-    from zotune.training import closure_for
+    from zotune.objectives import Classification, closure_for
 
     _, scorer, batch = scorer_and_batch()
     with torch.no_grad():
@@ -544,4 +544,4 @@ def test_the_trainers_closure_gives_the_numbers_of_plain_sums():
             size = micro_batch or len(batch)
             parts = [batch[start : start + size] for start in range(0, len(batch), size)]
             expected = sum(float(scorer.loss(part)) * len(part) for part in parts) / len(batch)
-            assert as_number(closure_for(scorer, batch, micro_batch)()) == expected
+            assert as_number(closure_for(Classification(scorer), batch, micro_batch)()) == expected

@@ -32,40 +32,28 @@ def train(recipe: Path | None, given: dict[str, Any]) -> None:
 
 
 @app.command()
+@with_settings
 def evaluate(
-    model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file, or smollm2-135m.")] = "smollm2-135m",
-    task: Annotated[str, typer.Option(help="Task.")] = "vader_movie",
-    data: Annotated[str | None, typer.Option(help="Folder with train.jsonl and validation.jsonl.")] = None,
-    train_rows: Annotated[int, typer.Option(help="Training rows on which the prior correction is fitted.")] = 500,
-    eval_rows: Annotated[int, typer.Option(help="Held-out rows.")] = 300,
-    batch_size: Annotated[int, typer.Option(help="Examples per forward pass; changes nothing but speed.")] = 32,
-    data_seed: Annotated[int, typer.Option(help="Fixes which rows are drawn.")] = 0,
-    precision: Annotated[str, typer.Option(help="auto, fp32, autocast, bf16 or fp16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    recipe: Path | None,
+    given: dict[str, Any],
+    demonstrations: Annotated[int, typer.Option(help="Also ask with so many solved examples before; MeZO: 32.")] = 0,
+    calibrate: Annotated[bool, typer.Option(help="Also take off what the model thinks without the question.")] = False,
 ) -> None:
-    """Accuracy on held-out rows, beside the prior-corrected baseline (one bias per option, weights untouched)."""
-    config = load_config(
-        None,
-        {
-            "model": model, "task": task, "data": data, "train_rows": train_rows, "eval_rows": eval_rows,
-            "batch_size": batch_size, "data_seed": data_seed, "precision": precision, "device": device,
-        },
-    )  # fmt: skip
+    """Accuracy (or F1, reward) on held-out rows, beside the prior-corrected baseline; nothing is trained."""
+    config = load_config(recipe, given)
+    from zotune.asking import ask
     from zotune.cli.display import Display, show_evaluation
-    from zotune.evaluate import evaluate as score
-    from zotune.evaluate import fit_prior_correction, prior_corrected
     from zotune.job import prepare
     from zotune.run_folder import RunFolder, trained_on
     from zotune.tasks.catalogue import find_task
     from zotune.tasks.task import refuse_overlap
 
-    if (other := trained_on(model)) is not None:
-        refuse_overlap(find_task(other), find_task(task))
+    if (other := trained_on(config.model)) is not None:
+        refuse_overlap(find_task(other), find_task(config.task))
     with Display(0) as display:
         job = prepare(config, RunFolder(config.out), display)
-        fit = score(job.scorer, job.train, batch_size=batch_size, progress=display.counter("training rows"))
-        plain = score(job.scorer, job.heldout, batch_size=batch_size, progress=display.counter("held out"))
-    show_evaluation(plain, prior_corrected(plain, fit_prior_correction(fit.scores, fit.labels)), config)
+        rows = ask(job, display, demonstrations=demonstrations, calibrate=calibrate)
+    show_evaluation(rows, config, len(job.heldout))
 
 
 @app.command()
@@ -92,6 +80,14 @@ def methods() -> None:
     from zotune.cli.display import show_methods
 
     show_methods()
+
+
+@app.command()
+def tasks() -> None:
+    """The tasks: kind, objective, where rows come from."""
+    from zotune.cli.display import show_tasks
+
+    show_tasks()
 
 
 @app.command()

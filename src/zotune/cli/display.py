@@ -11,10 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from zotune.config import TrainConfig
-from zotune.evaluate import Evaluation
 from zotune.job import Listener
 from zotune.methods import METHODS, make_method
 from zotune.rules import RULES, make_rule
+from zotune.tasks.catalogue import TASKS
 
 console = Console()
 NEEDS = {"slope": "a differentiable closure", "trial": "rule sgd or sign"}
@@ -23,6 +23,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {  # options that some methods cannot do w
     "zo_finetuner": {"networks": "untrained"},
 }
 FORWARDS = {"blockwise": "2 per block"}  # where it depends on the model
+PRIOR_CORRECTED = (
+    "Prior-corrected: one bias per option, fitted on training rows. What goes beyond it is not just prior."
+)
 QUIET_SECONDS = 30.0  # without a terminal, a line this often stands in for the bar
 
 
@@ -98,7 +101,9 @@ class Display(Listener):
 
     def evaluated(self, line: dict[str, Any]) -> None:
         """See `Listener.evaluated`."""
-        text = f"step {line['step']:>5}: held-out accuracy {_share(line)}, loss {line['loss']:.3f}"
+        text = f"step {line['step']:>5}: held-out {line['metric']} {_share(line)}, loss {line['loss']:.3f}"
+        if line.get("empty"):
+            text += f", {line['empty']} empty answers"
         if "prior_corrected" in line:
             text += f"; prior-corrected {_share(line['prior_corrected'])}, loss {line['prior_corrected']['loss']:.3f}"
         console.print(text, highlight=False)
@@ -109,28 +114,32 @@ def show_results(results: dict[str, Any], folder: Path) -> None:
     table = Table(
         title=f"{results['heldout_rows']} held-out examples, {results['forwards']:,} forward passes of training"
     )
-    for heading in ("", "accuracy (1 standard error)", "loss"):
+    for heading in ("", f"{results['after']['metric']} (1 standard error)", "95 % interval", "loss"):
         table.add_column(heading)
     names = {"before": "before", "prior_corrected": "prior-corrected, weights untouched", "after": "after"}
     for key, name in names.items():
-        table.add_row(name, _share(results[key]), f"{results[key]['loss']:.3f}")
+        if (row := results[key]) is not None:
+            table.add_row(name, _share(row), _interval(row), f"{row['loss']:.3f}")
     console.print(table)
-    console.print(
-        "Prior-corrected: one bias per option fitted on training rows. What training gains beyond it is more than a "
-        f"shifted prior.\nRun folder: {folder}  (curves.png, ledger.jsonl, model/)",
-        highlight=False,
-        soft_wrap=True,
-    )
+    if results["prior_corrected"] is not None:
+        console.print(PRIOR_CORRECTED, highlight=False, soft_wrap=True)
+    console.print(f"Run folder: {folder}  (curves.png, ledger.jsonl, model/)", highlight=False, soft_wrap=True)
 
 
-def show_evaluation(plain: Evaluation, corrected: Evaluation, config: TrainConfig) -> None:
-    """Zero-shot numbers beside the prior-corrected ones."""
-    table = Table(title=f"{config.model} on {config.task}, {len(plain.labels)} held-out examples")
-    for heading in ("", "accuracy (1 standard error)", "loss"):
+def show_evaluation(rows: dict[str, dict[str, Any]], config: TrainConfig, count: int) -> None:
+    """Held-out numbers, a row for each way of asking."""
+    table = Table(title=f"{config.model} on {config.task}, {count} held-out examples")
+    metric = next(iter(rows.values()))["metric"]
+    for heading in ("", f"{metric} (1 standard error)", "95 % interval", "loss"):
         table.add_column(heading)
-    for name, e in (("as it is", plain), ("prior-corrected", corrected)):
-        table.add_row(name, f"{e.accuracy:.3f} ± {e.standard_error:.3f}", f"{e.mean_loss:.3f}")
+    for name, row in rows.items():
+        table.add_row(name, _share(row), _interval(row), f"{row['loss']:.3f}")
     console.print(table)
+    for name, row in rows.items():
+        if "empty" in row:
+            others = ", ".join(f"{key} {row[key]:.3f}" for key in ("f1", "exact") if key in row and key != metric)
+            notes = f"{row['empty']} empty answers, {row['unfinished']} cut off by their length"
+            console.print(f"{name}: {', '.join(filter(None, (others, notes)))}", highlight=False)
 
 
 def show_methods() -> None:
@@ -159,5 +168,21 @@ def method_rows() -> list[tuple[str, str, str, str, str]]:
     return rows
 
 
+def show_tasks() -> None:
+    """One row per task."""
+    table = Table()
+    for heading in ("task", "kind", "objective", "rows from"):
+        table.add_column(heading)
+    for name, task in TASKS.items():
+        where = "a Python package" if task.packaged else task.hub.path if task.hub else "a folder"
+        table.add_row(name, task.kind, task.default_objective, where)
+    console.print(table)
+
+
 def _share(numbers: dict[str, Any]) -> str:
-    return f"{numbers['accuracy']:.3f} ± {numbers['standard_error']:.3f}"
+    return f"{numbers[numbers['metric']]:.3f} ± {numbers['standard_error']:.3f}"
+
+
+def _interval(numbers: dict[str, Any]) -> str:
+    low, high = numbers["interval"]
+    return f"{low:.3f} to {high:.3f}"

@@ -22,14 +22,17 @@ OPTIONS = {  # given as name=value, several times
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option per field of `TrainConfig`, so that settings are declared once.
 
-    The command gets the recipe and a dict of the settings that were given.
+    The command gets the recipe, a dict of the settings that were given, and its further parameters as its own options.
     """
 
+    own = list(inspect.signature(command).parameters.values())[2:]
+
     def wrapper(recipe: Path | None = None, **options: Any) -> None:
+        others = {parameter.name: options.pop(parameter.name) for parameter in own}
         given = {key: value for key, value in options.items() if value not in (None, [])}
         for key in OPTIONS.keys() & given.keys():
             given[key] = dict(_pair(OPTIONS[key], text) for text in given[key])
-        command(recipe, given)
+        command(recipe, given, **others)
 
     parameters = [
         inspect.Parameter(
@@ -50,6 +53,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
                 setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
             )
         )
+    parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
     wrapper.__name__ = command.__name__
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
