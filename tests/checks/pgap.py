@@ -7,6 +7,7 @@ import torch
 from tests.checks.mezo import SEED, twin_model
 from tests.reference.pgap import PGAPTwin
 from tests.support.bare import bare_context, estimate_of, realised
+from tests.support.resume import check_resumes
 from zotune.core.direction import Noise
 from zotune.core.low_rank import normal_matrix, signs
 from zotune.core.noise import stream
@@ -173,27 +174,12 @@ def check_equals_the_readable_twin(steps=20, scale="none", **options):
 def check_resume(path, stop=5, steps=12):
     """Weights of a run resumed inside a period equal those of an uninterrupted one, bit for bit."""
 
-    def make(values=None):
+    def begin():
         named, loss = twin_model()
-        for name, p in named if values else []:
-            p.data.copy_(values[name])
         options = {"rank": 2, "h": 2, "k": 4, "horizon": 20}
         return named, loss, ZO(named, "pgap", lr=0.02, eps=1e-2, seed=SEED, method_options=options)
 
-    named, loss, opt = make()
-    for _ in range(stop):
-        opt.step(lambda: loss(dict(named)))
-    torch.save({"opt": opt.state_dict(), "weights": {name: p.detach().clone() for name, p in named}}, path)
-    for _ in range(steps - stop):
-        opt.step(lambda: loss(dict(named)))
-    kept = torch.load(path, weights_only=True)
-    again, loss, resumed = make(kept["weights"])
-    resumed.load_state_dict(kept["opt"])
-    for _ in range(steps - stop):
-        resumed.step(lambda: loss(dict(again)))
-    assert resumed.forwards == opt.forwards
-    for (name, p), (_, q) in zip(named, again, strict=True):
-        assert torch.equal(p, q), f"{name} differs after resuming at step {stop}"
+    check_resumes(path, begin, stop, steps)
 
 
 def check_losses_that_are_not_finite(bad=math.nan):

@@ -7,6 +7,7 @@ import torch
 from tests.checks.mezo import SEED, twin_model
 from tests.reference.subzero import SubZeroTwin
 from tests.support.bare import bare_context, realised
+from tests.support.resume import check_resumes
 from zotune.core.direction import Noise
 from zotune.core.low_rank import normal_matrix
 from zotune.core.noise import stream
@@ -151,23 +152,9 @@ def check_equals_the_readable_twin(n=1, sides=2, steps=20, noise="normal"):
 def check_resume_inside_an_interval(path, stop=5, steps=12):
     """Weights of a resumed run equal those of an uninterrupted one, bit for bit; nothing is saved of the bases."""
 
-    def make(values=None):
+    def begin():
         named, loss = twin_model()
-        for name, p in named if values else []:
-            p.data.copy_(values[name])
         options = {"rank": 2, "interval": 4}
         return named, loss, ZO(named, "subzero", lr=0.02, eps=1e-2, seed=SEED, method_options=options)
 
-    named, loss, opt = make()
-    for _ in range(stop):
-        opt.step(lambda: loss(dict(named)))
-    torch.save({"opt": opt.state_dict(), "weights": {name: p.detach().clone() for name, p in named}}, path)
-    for _ in range(steps - stop):
-        opt.step(lambda: loss(dict(named)))
-    kept = torch.load(path, weights_only=True)
-    again, loss, resumed = make(kept["weights"])
-    resumed.load_state_dict(kept["opt"])
-    for _ in range(steps - stop):
-        resumed.step(lambda: loss(dict(again)))
-    for (name, p), (_, q) in zip(named, again, strict=True):
-        assert torch.equal(p, q), f"{name} differs after resuming at step {stop}"
+    check_resumes(path, begin, stop, steps)

@@ -443,7 +443,7 @@ def test_quantised_integer_weights_are_frozen_and_say_so():
         ({"method": "adam"}, "Unknown method 'adam'. Known: mezo,"),
         ({"method_options": {"side": 1}}, "no option 'side'. Did you mean 'sides'"),
         ({"method_options": {"n": 0}}, "n must be at least 1"),
-        ({"method": MeZO(), "method_options": {"n": 1}}, "a method object already has its own"),
+        ({"method": MeZO(), "method_options": {"n": 1}}, "an object already has its own"),
         ({"rule": "adamw"}, "Unknown rule 'adamw'. Did you mean 'adam'"),
         ({"engine": "inplace"}, "engine must be 'auto', 'layerwise', 'in_place'; got 'inplace'"),
         ({"noise": "gauss"}, "noise must be one of normal, gaussian, rademacher; got 'gauss'"),

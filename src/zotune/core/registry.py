@@ -8,6 +8,20 @@ from typing import Any
 from zotune.core.errors import ConfigError
 
 
+def make(kind: str, known: Mapping[str, Any], given: Any, options: Mapping[str, Any] | None = None) -> Any:
+    """An object of a registry by its name and options; or the object given, which brings its own options.
+
+    Raises:
+        ConfigError: unknown name or option (the nearest known one is suggested), or an option out of range.
+    """
+    if not isinstance(given, str):
+        if options:
+            raise ConfigError(f"{kind.capitalize()} options go with a {kind}'s name; an object already has its own.")
+        return given
+    check_name(kind, given, known)
+    return known[given](**check_options(kind, given, known[given], options or {}))
+
+
 def check_name(kind: str, name: str, known: Iterable[str]) -> None:
     """Raise a ConfigError unless the name is known."""
     if name not in (names := list(known)):

@@ -3,8 +3,7 @@
 from dataclasses import MISSING, fields
 from typing import Any
 
-from zotune.core.errors import ConfigError
-from zotune.core.registry import check_name, check_options
+from zotune.core.registry import check_name, make
 from zotune.core.step import Method
 from zotune.methods.blockwise import Blockwise
 from zotune.methods.conservative import Conservative
@@ -47,12 +46,7 @@ def make_method(method: "str | Method", options: dict[str, Any] | None = None) -
     Raises:
         ConfigError: unknown name or option (the nearest known one is suggested), or an option out of range.
     """
-    if not isinstance(method, str):
-        if options:
-            raise ConfigError("Method options go with a method's name; a method object already has its own.")
-        return method
-    check_name("method", method, METHODS)
-    made: Method = METHODS[method](**check_options("method", method, METHODS[method], options or {}))
+    made: Method = make("method", METHODS, method, options)
     return made
 
 

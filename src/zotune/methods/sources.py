@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 from zotune.core.context import Context
 from zotune.core.direction import Direction
-from zotune.core.registry import check_name, check_options
+from zotune.core.registry import make
 from zotune.core.site import Site
 from zotune.methods.lozo import Lazy
 from zotune.methods.sparse import SparseNoise
@@ -75,6 +75,5 @@ SOURCES: dict[str, type] = {
 
 def make_source(name: str, options: dict[str, Any]) -> Source:
     """A source from its name and options; a ConfigError names what is known."""
-    check_name("source", name, SOURCES)
-    made: Source = SOURCES[name](**check_options("source", name, SOURCES[name], options))
+    made: Source = make("source", SOURCES, name, options)
     return made

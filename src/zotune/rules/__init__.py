@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from zotune.core.errors import ConfigError
-from zotune.core.registry import check_name, check_options
+from zotune.core.registry import make
 from zotune.core.step import Rule
 from zotune.rules.adam import Adam
 from zotune.rules.adamm import AdaMM
@@ -30,10 +29,5 @@ def make_rule(rule: "str | Rule", options: dict[str, Any] | None = None) -> Rule
     Raises:
         ConfigError: unknown name or option (the nearest known one is suggested), or an option out of range.
     """
-    if not isinstance(rule, str):
-        if options:
-            raise ConfigError("Rule options go with a rule's name; a rule object already has its own.")
-        return rule
-    check_name("rule", rule, RULES)
-    made: Rule = RULES[rule](**check_options("rule", rule, RULES[rule], options or {}))
+    made: Rule = make("rule", RULES, rule, options)
     return made

@@ -5,7 +5,7 @@ A mode also brings the learning rate and eps that its source uses, since adapter
 
 from typing import Any
 
-from zotune.core.registry import check_name, check_options, options_of
+from zotune.core.registry import make, options_of
 from zotune.tuning.base import BaseMode, Mode, without_peft_warning
 from zotune.tuning.full import Full
 from zotune.tuning.lora import Lora
@@ -44,8 +44,7 @@ def make_mode(name: str, options: dict[str, Any] | None = None) -> Mode:
     Raises:
         ConfigError: unknown name or option, or an option out of range.
     """
-    check_name("mode", name, MODES)
-    made: Mode = MODES[name](**check_options("mode", name, MODES[name], options or {}))
+    made: Mode = make("mode", MODES, name, options)
     return made
 
 
