@@ -86,20 +86,47 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
     return options
 
 
+@dataclass
+class Loaded:
+    """Rows and a model as it was loaded, on the CPU; nothing is attached to it yet."""
+
+    task: Task
+    rows: tuple[Rows, Rows]
+    model: Any
+    tokenizer: Any
+    kind: str
+    precision: Precision
+    device: torch.device
+
+
 def prepare(config: TrainConfig, folder: RunFolder, listener: Listener) -> Job:
     """Load and check the task's rows and the model."""
     make_method(config.method, method_options(config))  # wrong options are found before the model is loaded
     make_rule(config.rule, config.rule_options)
-    task, mode = find_task(config.task), make_mode(config.mode, config.mode_options)
+    make_mode(config.mode, config.mode_options)
+    task = find_task(config.task)
     check_objective(config.objective or task.default_objective, task, config.reward)
+    loaded = load(config, task, listener)
+    return seat(loaded, loaded.model, config, folder, listener)
+
+
+def load(config: TrainConfig, task: Task, listener: Listener) -> Loaded:
+    """Draw the rows and load the model."""
     rows = draw_rows(config, task, listener)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     listener.say(f"loading {config.model}")
     model, tokenizer, kind = load_any(config.model, dtype=precision.weights, say=listener.say)
-    model = mode.attach(model, config.seed).to(device)
+    return Loaded(task, rows, model, tokenizer, kind, precision, device)
+
+
+def seat(loaded: Loaded, model: Any, config: TrainConfig, folder: RunFolder, listener: Listener) -> Job:
+    """Attach the mode to a model, encode the rows for it, and make what scores and what is lowered."""
+    task, tokenizer, precision = loaded.task, loaded.tokenizer, loaded.precision
+    mode = make_mode(config.mode, config.mode_options)
+    model = mode.attach(model, config.seed).to(loaded.device)
     max_length = min(config.max_length, context_of(model) or config.max_length)
-    encoded, scorer = FAMILIES[kind](task, rows, model, tokenizer, precision, max_length)
+    encoded, scorer = FAMILIES[loaded.kind](task, loaded.rows, model, tokenizer, precision, max_length)
     for name, part in zip(("training", "held-out"), encoded, strict=True):
         if truncation(part).examples:
             listener.say(f"{name} rows: {truncation(part)} (max_length {max_length})")

@@ -7,7 +7,7 @@ killed run resumes from its last snapshot plus the ledger's lines, and ends with
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -69,8 +69,9 @@ def batch_at(step: int, count: int, size: int, seed: int) -> list[int]:
     return chosen
 
 
-def _run(job: Job, opt: ZO, metrics: list[dict[str, Any]], listener: Listener) -> None:
-    config, first, watch = job.config, opt.step_number, SignalWatch()
+def take_steps(job: Job, opt: ZO, listener: Listener) -> Iterator[int]:
+    """Take the steps that are left, yielding the number of steps taken after each."""
+    config, watch = job.config, SignalWatch()
     while (step := opt.step_number) < config.steps:
         for group in opt.param_groups:
             group["lr"] = job.lr * SCHEDULES[config.schedule](step / config.steps)
@@ -80,14 +81,20 @@ def _run(job: Job, opt: ZO, metrics: list[dict[str, Any]], listener: Listener) -
         assert opt.last is not None
         if advice := watch.step(opt.last.losses):
             listener.say(advice)
+        listener.step(opt.step_number, float(loss), opt.forwards)
+        yield opt.step_number
+
+
+def _run(job: Job, opt: ZO, metrics: list[dict[str, Any]], listener: Listener) -> None:
+    config, first = job.config, opt.step_number + 1
+    for step in take_steps(job, opt, listener):
         if step == first:
             listener.say(
                 f"engine {opt.engine.name}: {opt.engine.reason} ({opt.engine.check_forwards} forwards spent on checking)"
             )
-        listener.step(opt.step_number, float(loss), opt.forwards)
-        if opt.step_number % config.eval_every == 0 or opt.step_number == config.steps:
+        if step % config.eval_every == 0 or step == config.steps:
             _evaluate_now(job, opt, metrics, listener)
-        if opt.step_number % config.snapshot_every == 0 and opt.step_number < config.steps:
+        if step % config.snapshot_every == 0 and step < config.steps:
             _snapshot(job, opt, listener)
 
 

@@ -3,6 +3,7 @@
 This is the room that may import autograd. The rows, prompts, losses and evaluations are those of zeroth-order runs.
 """
 
+from zotune.baselines.bars import draw_comparison
 from zotune.baselines.compare import Row, comparison_markdown, comparison_table, verdict
 from zotune.baselines.first_order import FIRST_ORDER, FirstOrder, train_first_order
 from zotune.baselines.meter import Usage, measure
@@ -16,6 +17,7 @@ __all__ = [
     "Usage",
     "comparison_markdown",
     "comparison_table",
+    "draw_comparison",
     "linear_probe",
     "measure",
     "train_first_order",

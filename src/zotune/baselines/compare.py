@@ -12,7 +12,7 @@ from zotune.baselines.meter import Usage
 from zotune.core.errors import DataError
 from zotune.evaluate import Evaluation
 
-HEADINGS = ("", "accuracy (1 standard error)", "loss", "forward-equivalents", "seconds", "memory beside the model")
+HEADINGS = ("", "{} (1 standard error)", "loss", "forward-equivalents", "seconds", "memory beside the model")
 CLEAR = 2.0
 """Standard errors from which on a difference of accuracies counts."""
 LEANER = 0.8
@@ -34,6 +34,8 @@ class Row:
     """Bytes at the peak, beside the loaded model."""
     correct: Tensor | None = None
     """(N,) bool, by held-out example: differences between rows are then paired."""
+    metric: str = "accuracy"
+    """What `accuracy` holds, where it is another share: f1."""
 
     @classmethod
     def of(cls, what: str, evaluation: Evaluation, *, forwards: float = 0.0, usage: Usage | None = None) -> "Row":
@@ -55,7 +57,7 @@ class Row:
 
 def comparison_table(rows: Sequence[Row]) -> Table:
     """For the terminal."""
-    table = Table(*HEADINGS, caption=verdict(rows), caption_justify="left")
+    table = Table(*_headings(rows), caption=verdict(rows), caption_justify="left")
     for cells in _cells(rows):
         table.add_row(*cells)
     return table
@@ -63,7 +65,7 @@ def comparison_table(rows: Sequence[Row]) -> Table:
 
 def comparison_markdown(rows: Sequence[Row]) -> str:
     """The same as Markdown, the sentence below the table."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (HEADINGS, *_cells(rows))]
+    lines = [f"| {' | '.join(cells)} |" for cells in (_headings(rows), *_cells(rows))]
     lines.insert(1, "|" + "---|" * len(HEADINGS))
     return "\n".join(lines) + f"\n\n{verdict(rows)}\n"
 
@@ -88,7 +90,7 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def _reason(pick: Row, best: Row, good: Sequence[Row]) -> str:
-    text = f"accuracy {_share(pick)} after {_forwards(pick)}"
+    text = f"{pick.metric} {_share(pick)} after {_forwards(pick)}"
     if pick is not best:
         return text + f", within two standard errors of the best ({best.what}, {_share(best)}, {_forwards(best)})"
     if len(good) > 1:
@@ -118,6 +120,10 @@ def _error_of_difference(one: Row, other: Row) -> float:
         return math.hypot(one.standard_error, other.standard_error)
     difference = one.correct.double() - other.correct.double()
     return float(difference.std(correction=0)) / math.sqrt(len(difference))
+
+
+def _headings(rows: Sequence[Row]) -> tuple[str, ...]:
+    return tuple(heading.format(rows[0].metric if rows else "accuracy") for heading in HEADINGS)
 
 
 def _cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:

@@ -143,6 +143,20 @@ def train_first_order(
     return FirstOrder(records, steps * each, usage, rate, source if lr is None else "given", outcome)
 
 
+def can_checkpoint(model: nn.Module) -> bool:
+    """Whether `train_first_order` may be asked for gradient checkpointing on this model, in its mode."""
+    try:
+        _check_checkpointing(model, True)
+    except ConfigError:
+        return False
+    return True
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise a ParameterError unless something requires grad, and none of it has 16 bits; before any work."""
+    _check_trained([p for p in model.parameters() if p.requires_grad])
+
+
 def forward_equivalents(model: nn.Module, checkpointing: bool) -> float:
     """Forward passes that one forward and backward pass are worth; see the top of this file."""
     parameters = list(model.parameters())
@@ -151,11 +165,15 @@ def forward_equivalents(model: nn.Module, checkpointing: bool) -> float:
 
 
 def _accumulate(scorer: Scorer, batch: Sequence[Encoded], size: int) -> float:
-    """Add the gradient of the batch's mean loss to `.grad`, in parts; return that loss."""
+    """Add the gradient of the batch's mean loss to `.grad`, in parts; return that loss.
+
+    A part weighs as many terms as it has examples, unless the scorer has a `weight` of its own (a loss of tokens has).
+    """
+    weight: Callable[[Sequence[Encoded]], int] = getattr(scorer, "weight", len)
     total = 0.0
     for start in range(0, len(batch), size):
         part = batch[start : start + size]
-        loss = scorer.loss(part) * (len(part) / len(batch))
+        loss = scorer.loss(part) * (weight(part) / weight(batch))
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     return total

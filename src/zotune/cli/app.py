@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from zotune.cli.compare import compare
 from zotune.cli.finetuner import import_finetuner
 from zotune.cli.settings import with_settings
 from zotune.config import load_config
@@ -71,6 +72,7 @@ def replay(
     typer.echo(outcome)
 
 
+app.command()(compare)
 app.command(name="import-finetuner")(import_finetuner)
 
 
