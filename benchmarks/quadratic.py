@@ -216,6 +216,18 @@ def exact(moment: float, forwards: int) -> float:
     return 500.0 * (1.0 - 1.0 / moment) ** (BUDGET // forwards)
 
 
+READING = """
+What it says, per forward pass and with tuned rates: one-sided estimates along several directions (ES, one-sided MeZO with
+n = 5, FZOO) beat the central pair wherever they were run but for FZOO on the sphere, since they spend one forward a direction.
+Pools (PIZO) and best-of-K (LDSD) lose to MeZO until the pool is large; LDSD gains from step normalisation and decay on the
+sphere, not on 1/i. KerZOO pays its variance and has no bias to remove here: central differences are exact on quadratics.
+Methods that look into one subspace or one mask for 1,000 steps (SubZero, sparse) see a part of the 1,000 numbers within the
+budget, and are at a disadvantage by construction. Forward gradient is counted by dual forwards, each of which costs several
+plain ones on a language model. A quadratic has none of a language model's structure: this is about estimators, not about
+which method to take.
+"""
+
+
 def page(cells: dict[str, Any], command: str) -> str:
     """The table in Markdown."""
     problems = list(PROBLEMS)
@@ -245,7 +257,7 @@ def page(cells: dict[str, Any], command: str) -> str:
         ]
         if any(texts):
             lines.append(f"| {row.name} | " + " | ".join(texts) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + READING
 
 
 def _text(cell: dict[str, Any] | None, reference: float | None) -> str:
