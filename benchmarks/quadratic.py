@@ -219,12 +219,12 @@ def exact(moment: float, forwards: int) -> float:
 READING = """
 What it says, per forward pass and with tuned rates: one-sided estimates along several directions (ES, one-sided MeZO with
 n = 5, FZOO) beat the central pair wherever they were run but for FZOO on the sphere, since they spend one forward a direction.
-Pools (PIZO) and best-of-K (LDSD) lose to MeZO until the pool is large; LDSD gains from step normalisation and decay on the
-sphere, not on 1/i. KerZOO pays its variance and has no bias to remove here: central differences are exact on quadratics.
-Methods that look into one subspace or one mask for 1,000 steps (SubZero, sparse) see a part of the 1,000 numbers within the
-budget, and are at a disadvantage by construction. Forward gradient is counted by dual forwards, each of which costs several
-plain ones on a language model. A quadratic has none of a language model's structure: this is about estimators, not about
-which method to take.
+Pools (PIZO) and best-of-K (LDSD) lose to MeZO until the pool is large; step normalisation with decay changes that for LDSD
+on the sphere, and on 1/i brings it near (decay 0.01; 0.1 forgets too fast there). KerZOO pays its variance and has no bias
+to remove here: central differences are exact on quadratics. Methods that look into one subspace or one mask for 1,000 steps
+(SubZero, sparse) see a part of the 1,000 numbers within the budget, and are at a disadvantage by construction. Forward
+gradient is counted by dual forwards, each of which costs several plain ones on a language model. A quadratic has none of a
+language model's structure: this is about estimators, not about which method to take.
 """
 
 
