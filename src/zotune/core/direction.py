@@ -16,6 +16,7 @@ from zotune.core.noise import CHUNK, Stream, add_noise
 from zotune.core.site import Site
 
 Scalar = float | Tensor  # a Python number, or a 0-d tensor
+Leaves = tuple[tuple[Scalar, "Direction"], ...]  # a flat sum: (coefficient, what cannot be taken apart further)
 
 
 class Direction(ABC):
@@ -34,6 +35,17 @@ class Direction(ABC):
     def touches(self, site: Site) -> bool:
         """False if this direction is zero on the site, so that engines may leave it alone."""
         return True
+
+    def leaves(self, site: Site, scale: Scalar = 1.0) -> Leaves | None:
+        """The direction on one site as a flat sum, for engines and kernels that do more than add it.
+
+        `add_to` is the same as: each leaf times its coefficient is rounded; if there are several they are summed in this
+        order, starting from -0.0; and the sum is added.
+
+        Returns:
+            (coefficient, leaf) in the order of summation, () where it is zero; None if it is a sum of sums.
+        """
+        return ((scale, self),) if self.touches(site) else ()
 
     def realise(self, site: Site, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
         """The direction on one site as a tensor, shaped like the part of the site that is meant."""
@@ -88,6 +100,12 @@ class Scaled(Direction):
         if self.touches(site):
             self.inner.add_to(out, site, scale * self.factors.get(site.name, self.otherwise))
 
+    def leaves(self, site: Site, scale: Scalar = 1.0) -> Leaves | None:
+        """See `Direction.leaves`."""
+        if not self.touches(site):
+            return ()
+        return self.inner.leaves(site, scale * self.factors.get(site.name, self.otherwise))
+
     def touches(self, site: Site) -> bool:
         """False where the factor is the number 0."""
         factor = self.factors.get(site.name, self.otherwise)
@@ -128,6 +146,18 @@ class Combination(Direction):
             flat = out.view(-1)
             for offset, part in site.chunks(CHUNK):
                 flat[offset : offset + part.count].add_(_sum(terms, part, flat))
+
+    def leaves(self, site: Site, scale: Scalar = 1.0) -> Leaves | None:
+        """See `Direction.leaves`."""
+        parts = [inner.leaves(site, scale * coefficient) for coefficient, inner in self.terms if inner.touches(site)]
+        if len(parts) == 1:
+            return parts[0]
+        flat: list[tuple[Scalar, Direction]] = []
+        for part in parts:
+            if part is None or len(part) != 1:
+                return None  # an inner sum is rounded before the outer one
+            flat.append(part[0])
+        return tuple(flat)
 
     def touches(self, site: Site) -> bool:
         """True if any term touches the site."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zotune.core.context import Context
-from zotune.core.direction import HERE, Direction, Noise, Scalar, Scaled
+from zotune.core.direction import HERE, Direction, Leaves, Noise, Scalar, Scaled
 from zotune.core.errors import ConfigError
 from zotune.core.noise import CHUNK, Stream
 from zotune.core.site import Site
@@ -150,6 +150,10 @@ class LowRank(Direction):
                 flat[offset : offset + part.count].add_(made.mul_(scale))
         else:
             out.add_((factors.run(site.start, site.count, out.device).to(out.dtype) * scale).view(out.shape))
+
+    def leaves(self, site: Site, scale: Scalar = 1.0) -> Leaves | None:
+        """See `Direction.leaves`: itself where it has factors."""
+        return ((scale, self),) if site.name in self.factors else self.otherwise.leaves(site, scale)
 
     def touches(self, site: Site) -> bool:
         """See `Direction.touches`."""

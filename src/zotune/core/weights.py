@@ -11,7 +11,7 @@ parameter, so that the stored tensor plus the carried bits is an fp32 number:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -201,6 +201,11 @@ class Weights:
             point.add_to(values, piece)
             target = out if piece is part else out.view(-1)[offset : offset + piece.count]
             target.copy_(values.view(target.shape))
+
+    def perturb_many(self, slot: Slot, part: Site, points: Sequence[Direction], outs: Sequence[Tensor]) -> None:
+        """outs[k] = round(value + points[k]), the same bits as `perturb` of each; none of them is the stored tensor."""
+        for point, out in zip(points, outs, strict=True):
+            self.perturb(slot, part, point, out)
 
     def update(self, slot: Slot, change: Change) -> None:
         """Apply a change to the full-precision values of one site."""

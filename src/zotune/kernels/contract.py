@@ -1,0 +1,65 @@
+"""What a back end of the fused kernels does: table noise is made, multiplied and added in one pass over memory.
+
+Three functions on one run of elements (or on chosen rows) of one site. All back ends give the same bits: each product
+scale * z is rounded to the precision of the sum; several are summed in their order, starting from -0.0; the sum is added to the
+value with one rounding; nothing is contracted into a fused multiply-add. Precision is fp32 (fp64 for fp64 tensors).
+
+    value   of an fp32 or fp64 tensor is what is stored; of a bf16 or fp16 tensor, what is stored with the carried bits
+            (`core.weights` defines how), or what is stored alone where nothing is carried
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from zotune.kernels.philox import Words
+
+
+@dataclass(frozen=True)
+class Term:
+    """scale * z of one stream."""
+
+    key: Words  # of the stream
+    book: str  # "normal" or "rademacher"
+    scale: float | Tensor  # a number, or a 0-d tensor, which is not read on the host if it lies on a GPU
+
+
+@dataclass(frozen=True)
+class Run:
+    """Which elements of a site: start ... start + count - 1 in row-major order; or `rows`, each `width` elements."""
+
+    site: int  # 64-bit id
+    start: int
+    count: int
+    rows: Tensor | None = None  # (k,) int64
+    width: int = 0
+
+
+class Backend(Protocol):
+    """One implementation. Tensors are flat and contiguous, on one device."""
+
+    name: str
+
+    def add(self, out: Tensor, run: Run, terms: Sequence[Term]) -> None:
+        """out += sum of terms; fp32 or fp64."""
+        ...
+
+    def perturb(
+        self,
+        outs: Sequence[tuple[Tensor, float]],
+        stored: Tensor,
+        carried: Tensor | None,
+        run: Run,
+        terms: Sequence[Term],
+    ) -> None:
+        """out = round(value + sign * sum of terms) for each (out, sign), sign +1 or -1, from one draw.
+
+        `outs` have the dtype of `stored`; one of them may be `stored` itself if it is the only one. `carried`: int16.
+        """
+        ...
+
+    def update(self, stored: Tensor, carried: Tensor | None, run: Run, terms: Sequence[Term]) -> None:
+        """value += sum of terms, kept in `stored` and `carried` (bf16, fp16: both are written), or in `stored` (fp32, fp64)."""
+        ...
