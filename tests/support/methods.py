@@ -82,6 +82,8 @@ VARIANTS = [
     Variant("zo_finetuner", {"networks": "untrained"}, reads_weights=True),
     Variant("zo_finetuner", {"networks": "constant"}),
     Variant("zo_finetuner", {"networks": "untrained"}, rule="adam", reads_weights=True),
+    Variant("adaptive_scales", {"explore": 2}, period=2),
+    Variant("adaptive_scales", {"explore": 1, "level": "layer"}),
     Variant("conservative"),
     Variant("conservative", rule="sign", lr=1e-3),
     Variant("sparse", {"interval": 3}),

@@ -7,6 +7,7 @@ import typer
 
 from zotune.cli.compare import compare
 from zotune.cli.finetuner import import_finetuner
+from zotune.cli.learn import learn
 from zotune.cli.settings import with_settings
 from zotune.config import load_config
 
@@ -73,6 +74,7 @@ def replay(
 
 
 app.command()(compare)
+app.command()(learn)
 app.command(name="import-finetuner")(import_finetuner)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ ARRAYS, FACTS = "networks.safetensors", "finetuner.json"
 SHAPE = {"features": list(FEATURES), "act": "tanh", "out": "abs"}  # what the arrays mean; another meaning is refused
 
 
-def save_folder(folder: str | Path, networks: Networks, facts: dict[str, Any]) -> None:
+def save_folder(
+    folder: str | Path, networks: Networks, facts: dict[str, Any], beside: Mapping[str, str] | None = None
+) -> None:
     """Write a new folder, whole or not at all.
 
     Args:
         folder: must not exist.
         networks: the networks.
         facts: what else to keep: where the networks come from, eps, B, world size (JSON values).
+        beside: further text files by name, for people; nothing reads them.
 
     Raises:
         FinetunerError: the folder exists.
@@ -38,6 +42,8 @@ def save_folder(folder: str | Path, networks: Networks, facts: dict[str, Any]) -
         save_file(networks.arrays, temporary / ARRAYS)
         text = json.dumps({**header, **facts, "names": list(networks.names)}, indent=1)
         (temporary / FACTS).write_text(text + "\n", encoding="utf-8")
+        for name, content in (beside or {}).items():
+            (temporary / name).write_text(content, encoding="utf-8")
         temporary.chmod(0o755)  # mkdtemp's folders are for their owner alone
         os.replace(temporary, folder)
     finally:
@@ -58,7 +64,7 @@ def load_folder(folder: str | Path) -> tuple[Networks, dict[str, Any]]:
     except Exception as error:  # the readers raise kinds of their own
         raise FinetunerError(
             f"{folder} holds no fine-tuner that can be read ({error}). Needed are {FACTS} and {ARRAYS}; "
-            "`zotune import-finetuner FILE --out FOLDER` makes them from a released file."
+            "`zotune import-finetuner FILE --out FOLDER` makes them from a released file, `zotune learn` trains them."
         ) from error
     meaning = {key: facts.get(key) for key in ("format", *SHAPE)} if isinstance(facts, dict) else facts
     if meaning != {"format": FORMAT, **SHAPE}:

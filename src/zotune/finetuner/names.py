@@ -15,8 +15,9 @@ _SHOWN = 5  # names listed in a message
 def assign(known: Sequence[str], wanted: Sequence[str], missing: str = "error") -> list[int | None]:
     """The network's number for each wanted tensor; None where there is none and `missing` is "rms".
 
-    A head of its own, where the networks were made for tied embeddings, gets the network of the embedding. Networks that
-    no tensor wants are left out. A warning says either.
+    Tensors that an adapter (LoRA) is wrapped around are found under the name they have without it. A head of its own,
+    where the networks were made for tied embeddings, gets the network of the embedding. Networks that no tensor wants are
+    left out. A warning says either of these two.
 
     Args:
         known: canonical names that have a network.
@@ -27,7 +28,7 @@ def assign(known: Sequence[str], wanted: Sequence[str], missing: str = "error") 
         ConfigError: a tensor has no network and `missing` is "error"; or none has one.
     """
     numbers = {name: number for number, name in enumerate(known)}
-    found = [numbers.get(name) for name in wanted]
+    found = [numbers.get(name, numbers.get(without_adapter(name))) for name in wanted]
     embeddings = [number for name, number in numbers.items() if name.endswith(EMBEDDING)]
     if HEAD in wanted and HEAD not in numbers and len(embeddings) == 1:
         found[list(wanted).index(HEAD)] = embeddings[0]
@@ -37,11 +38,21 @@ def assign(known: Sequence[str], wanted: Sequence[str], missing: str = "error") 
             stacklevel=2,
         )
     _refuse_gaps(known, wanted, found, missing)
-    unused = [name for name in known if name not in wanted]
+    plain = {without_adapter(name) for name in wanted}.union(wanted)
+    unused = [name for name in known if name not in plain]
     if unused:
         reason = "it is tied to the embedding, or not trained" if unused == [HEAD] else "no such tensor is trained"
         warnings.warn(f"Networks left out ({reason}): {listed(unused)}.", stacklevel=2)
     return found
+
+
+def without_adapter(name: str) -> str:
+    """The name that a tensor has where no adapter is wrapped around its module.
+
+    >>> without_adapter("model.layers.0.self_attn.q_proj.base_layer.weight")
+    'model.layers.0.self_attn.q_proj.weight'
+    """
+    return name.replace(".base_layer.", ".")
 
 
 def _refuse_gaps(known: Sequence[str], wanted: Sequence[str], found: Sequence[int | None], missing: str) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from zotune.core.registry import check_name, make
 from zotune.core.step import Method
+from zotune.methods.adaptive_scales import AdaptiveScales
 from zotune.methods.blockwise import Blockwise
 from zotune.methods.conservative import Conservative
 from zotune.methods.es import ES
@@ -28,6 +29,7 @@ METHODS: dict[str, type] = {
     "pizo": Pizo,
     "ldsd": LDSD,
     "zo_finetuner": ZOFineTuner,
+    "adaptive_scales": AdaptiveScales,
     "subzero": SubZero,
     "lozo": LOZO,
     "es": ES,

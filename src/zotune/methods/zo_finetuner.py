@@ -111,6 +111,10 @@ class ZOFineTuner(Base):
         self._names, self._index, self._asked = list(state["names"]), [], None
         self._sigma, self._losses = state["sigma"].detach().clone().cpu(), [float(loss) for loss in state["losses"]]
 
+    def use(self, networks: Networks) -> None:
+        """Take these networks instead of a folder's, as learning does after each change of them."""
+        self._loaded = networks
+
     def factors(self, ctx: Context) -> tuple[dict[str, float], float]:
         """nf sigma_i of each tensor, from the current weights and the last accepted step; and nf."""
         self._bind(ctx.sites)
@@ -122,6 +126,16 @@ class ZOFineTuner(Base):
         nf = 1.0 / size if self.normalise else 1.0
         self._asked = torch.tensor(sigma, dtype=torch.float32)
         return {site.name: nf * s for site, s in zip(ctx.sites, sigma, strict=True)}, nf
+
+    def features(self, ctx: Context) -> Tensor:
+        """(k, 5) fp32: what the networks of the k tensors that have one are asked with, in the order of the tensors."""
+        before = self._sigma.tolist()
+        asked = [
+            [*moments(ctx.weight(ctx.sites[i])), *self._losses, before[i]]
+            for i, number in enumerate(self._index)
+            if number is not None
+        ]
+        return torch.tensor(asked, dtype=torch.float64).float()
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -136,11 +150,7 @@ class ZOFineTuner(Base):
         """sigma of each tensor: what its network answers, or the root mean square of the others."""
         assert self._loaded is not None
         known = [(i, number) for i, number in enumerate(self._index) if number is not None]
-        before = self._sigma.tolist()
-        features = [[*moments(ctx.weight(ctx.sites[i])), *self._losses, before[i]] for i, _ in known]
-        answers = self._loaded.sigma(
-            torch.tensor(features, dtype=torch.float64).float(), [number for _, number in known], DTYPES[self.dtype]
-        ).tolist()
+        answers = self._loaded.sigma(self.features(ctx), [number for _, number in known], DTYPES[self.dtype]).tolist()
         sigma = dict(zip((i for i, _ in known), answers, strict=True))
         counts = [counted(ctx.sites[i], self.batch * self.world_size) for i in sigma]
         return [sigma.get(i, rms(answers, counts)) for i in range(len(ctx.sites))]
