@@ -10,7 +10,7 @@ RUN    ?= runs/demo
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hf,demo,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hf,trl,demo,dev]"
 	touch $@
 
 demo: $(VENV)/.installed      ## fine-tune SmolLM2-135M on movie-review sentiment, forward passes only (about ten minutes on two cores)
@@ -19,7 +19,7 @@ demo: $(VENV)/.installed      ## fine-tune SmolLM2-135M on movie-review sentimen
 test: $(VENV)/.installed      ## the whole suite, offline
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not real and not statistical and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not real and not statistical and not gpu"
 
 test-real: $(VENV)/.installed ## checks on the real SmolLM2 (downloads it once)
 	$(BIN)/pytest -m real

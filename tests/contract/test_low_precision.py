@@ -14,8 +14,9 @@ from torch import nn
 from zotune.core.errors import ConfigError
 from zotune.core.noise import stream
 from zotune.core.site import Site
-from zotune.core.weights import _JOIN, _SPLIT, STORAGES, Slot, Stochastic, Weights
+from zotune.core.weights import STORAGES, Slot, Stochastic, Weights
 from zotune.engines.recorded import Recorded
+from zotune.kernels.halves import JOIN, SPLIT
 from zotune.optimizer import ZO
 
 LOW = [torch.bfloat16, torch.float16]
@@ -37,9 +38,9 @@ def floats(words):
 
 def round_trip(values, dtype):
     stored, carried = torch.empty_like(values, dtype=dtype), torch.empty_like(values, dtype=torch.int16)
-    _SPLIT[dtype](values, stored, carried)
+    SPLIT[dtype](values, stored, carried)
     joined = stored.to(torch.float32)
-    _JOIN[dtype](joined, stored, carried)
+    JOIN[dtype](joined, stored, carried)
     return stored, joined
 
 

@@ -19,11 +19,13 @@ from tests.checks.noise import (
 )
 from torch import nn
 
-from zotune.core import noise as core_noise
 from zotune.core.direction import Noise
 from zotune.core.errors import ConfigError
 from zotune.core.noise import KINDS, check_kind, stream, uniform
 from zotune.core.site import Site, canonical_name
+from zotune.kernels.dispatch import using
+from zotune.kernels.reference import ReferenceBackend
+from zotune.kernels.reference import recent as row_numbers
 
 ALL = sorted(KINDS)
 kinds = pytest.mark.parametrize("kind", ALL)
@@ -170,8 +172,15 @@ def test_freezing_and_reordering_other_tensors_does_not_matter():
 # Row numbers that are kept for the other side of a pair and for the update
 
 
+@pytest.fixture
+def reference():
+    """The back end that keeps them."""
+    with using(ReferenceBackend()):
+        yield
+
+
 @pytest.mark.parametrize("kind", ["normal", "rademacher"])
-def test_kept_row_numbers_give_the_same_noise(kind):
+def test_kept_row_numbers_give_the_same_noise(reference, kind):
     """Drawn again, drawn after others with the same site or the same stream, and as parts of what is kept."""
     sites = [Site(name, (30, 70)) for name in ("a", "b")]
     fresh = {(s.name, p): anew(noise(kind, p), s) for s in sites for p in ("x", "y")}
@@ -183,18 +192,18 @@ def test_kept_row_numbers_give_the_same_noise(kind):
             assert torch.equal(noise(kind, purpose).realise(site, torch.float64).float(), expected)
 
 
-def test_kept_row_numbers_stay_within_their_budget(monkeypatch):
-    monkeypatch.setattr("zotune.core.noise._Recent.BUDGET", 1000)
+def test_kept_row_numbers_stay_within_their_budget(reference, monkeypatch):
+    monkeypatch.setattr("zotune.kernels.reference.Recent.BUDGET", 1000)
     site = Site("w", (100, 70))  # 14 blocks: 224 bytes of row numbers
     expected = [anew(noise("normal", i), site) for i in range(20)]
     for _ in range(2):
         assert all(torch.equal(noise("normal", i).realise(site), z) for i, z in enumerate(expected))
-        recent = core_noise._recent()
-        assert 0 < sum(kept.nbytes for kept in recent._kept.values()) <= 1000
-        assert recent._bytes == sum(kept.nbytes for kept in recent._kept.values())
+        recent = row_numbers()
+        assert 0 < sum(kept.nbytes for kept in recent.kept.values()) <= 1000
+        assert recent.bytes == sum(kept.nbytes for kept in recent.kept.values())
     too_large = Site("w", (1000, 70))
     anew(noise("normal"), too_large)
-    assert not core_noise._recent()._kept
+    assert not row_numbers().kept
 
 
 @kinds

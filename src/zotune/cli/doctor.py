@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zotune.cache import cache_folder
+from zotune.kernels.dispatch import KernelError, choice_for
 from zotune.packaged import ALIAS
 from zotune.precision import choose_precision, native_bf16
 from zotune.version import __version__
@@ -35,7 +36,7 @@ def show_doctor() -> None:
         "CPU bf16 products": "yes" if native_bf16() else "no: bf16 forwards would be slower than fp32 here",
         **_devices(),
         "precision 'auto' on the CPU": choose_precision("auto", torch.device("cpu")).reason,
-        "noise": "table noise in pure torch and numpy; fused kernels are not built yet",
+        **_kernels(),
         "cache": f"{cache_folder()}{'' if cache_folder().is_dir() else ' (not made yet)'}",
         f"packaged model {ALIAS}": "converted" if _converted() else "not fetched yet; the first run does it",
     }
@@ -55,6 +56,18 @@ def _devices() -> dict[str, str]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found[f"GPU {index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return found
+
+
+def _kernels() -> dict[str, str]:
+    """What makes the noise on each kind of device that is here, and why."""
+    kinds = {"cpu": "noise on the CPU"} | ({"cuda": "noise on the GPU"} if torch.cuda.is_available() else {})
+    found = {}
+    for kind, name in kinds.items():
+        try:
+            found[name] = choice_for(kind).reason
+        except KernelError as error:
+            found[name] = f"off: {error}"
     return found
 
 

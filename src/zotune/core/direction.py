@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from zotune.core.noise import CHUNK, Stream, add_noise
+from zotune.core.noise import CHUNK, TABLE_KINDS, Stream, add_noise, run_of
 from zotune.core.site import Site
+from zotune.kernels.contract import Term
+from zotune.kernels.dispatch import backend_for
 
 Scalar = float | Tensor  # a Python number, or a 0-d tensor
 Leaves = tuple[tuple[Scalar, "Direction"], ...]  # a flat sum: (coefficient, what cannot be taken apart further)
@@ -140,6 +142,8 @@ class Combination(Direction):
         terms = [(scale * coefficient, inner) for coefficient, inner in self.terms if inner.touches(site)]
         if len(terms) == 1:
             terms[0][1].add_to(out, site, terms[0][0])
+        elif terms and out.is_contiguous() and (table := table_terms(self, site, scale)):
+            backend_for(out.device).add(out.view(-1), run_of(site, out.device), table)
         elif terms and (site.rows is not None or not out.is_contiguous()):
             out.add_(_sum(terms, site, out).view(out.shape))
         elif terms:
@@ -177,6 +181,22 @@ class Combination(Direction):
 
 
 HERE = Combination()  # the point that means the current weights
+
+
+def table_terms(direction: Direction, site: Site, scale: Scalar = 1.0) -> tuple[Term, ...] | None:
+    """The direction on a site as the kernels add it in one pass; None unless it is a flat sum of table noise alone.
+
+    Adding these terms is the same as `direction.add_to(out, site, scale)`, bit for bit; () where it is zero.
+    """
+    leaves = direction.leaves(site, scale)
+    if leaves is None:
+        return None
+    terms = []
+    for coefficient, leaf in leaves:
+        if type(leaf) is not Noise or leaf.kind not in TABLE_KINDS:
+            return None
+        terms.append(Term(leaf.source.key, leaf.kind, coefficient))
+    return tuple(terms)
 
 
 def _sum(terms: list[tuple[Scalar, Direction]], site: Site, like: Tensor) -> Tensor:

@@ -1,155 +1,29 @@
-"""The trained tensors and how their full-precision values are kept.
+"""The trained tensors: what is evaluated near them, and how an update reaches them. `core.storage` keeps their values.
 
-fp32 and fp64 tensors hold their values themselves. An update is never simply added to fp16 or bf16 storage: of 1,000
-updates of 1e-6 almost nothing arrives. By default the bits that do not fit are carried beside the tensor in 16 bits a
-parameter, so that the stored tensor plus the carried bits is an fp32 number:
-
-    bf16:  fp32 bits = stored bits * 2**16 + carried          exactly every fp32 number
-    fp16:  value     = stored + carried * ulp(stored) / 2**16  every fp32 number above 2**-13, 2**-40 absolute below
-
-"plain" (round to nearest) and "stochastic" (round up or down at random) keep nothing; they are here to be compared with.
+Directions of table noise are drawn, added and rounded by the kernels in one pass over memory; any other direction is
+added to full-precision values a chunk at a time, which gives the same bits.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from zotune.core.direction import Direction
+from zotune.core.direction import Direction, table_terms
 from zotune.core.errors import ConfigError, ParameterError
-from zotune.core.noise import CHUNK, stream
+from zotune.core.noise import CHUNK, run_of
 from zotune.core.site import Site
+from zotune.core.storage import LOW_PRECISION, STORAGES, Carried, Exact, Slot, Stochastic, select
 from zotune.core.workspace import workspace
-from zotune.kernels.philox import words
+from zotune.kernels.contract import Term
+from zotune.kernels.dispatch import backend_for
 
-LOW_PRECISION = (torch.bfloat16, torch.float16)
+__all__ = ["LOW_PRECISION", "STORAGES", "Carried", "Change", "Slot", "Stochastic", "Weights"]
+
 Change = Callable[[Tensor, Site], None]  # changes full-precision values of a part of a site in place
-
-
-@dataclass
-class Slot:
-    """One trained tensor: where its values live."""
-
-    site: Site
-    tensor: Tensor
-    storage: "Storage"
-    carried: Tensor | None = None  # int16, same shape, once there is something to carry
-
-    def stored(self, part: Site) -> Tensor:
-        """The stored numbers of a part: a view for a run of elements, a copy for chosen rows."""
-        return select(self.tensor, self.site, part)
-
-
-def select(whole: Tensor, site: Site, part: Site) -> Tensor:
-    """The part of a tensor that holds `site`: a flat view for a run, a copy for rows."""
-    if part.rows is not None:
-        return whole[part.rows]
-    if part.count == site.count and not whole.is_contiguous():
-        return whole
-    offset = part.start - site.start
-    return whole.view(-1)[offset : offset + part.count]
-
-
-class Storage(ABC):
-    """How full-precision values are read from and written to a stored tensor."""
-
-    name: str
-    bytes_per_parameter: int = 0
-
-    def begin(self, seed: int, step: int) -> None:  # noqa: B027 - most storages have nothing to do
-        """A step's update is about to be written; storages that draw random bits draw new ones for it."""
-
-    @abstractmethod
-    def read(self, slot: Slot, part: Site, out: Tensor | None = None) -> Tensor:
-        """Full-precision values of a part: in `out` (fp32, flat), or in a fresh tensor."""
-
-    @abstractmethod
-    def write(self, slot: Slot, part: Site, values: Tensor) -> None:
-        """Keep full-precision values of a part that is a run of elements."""
-
-
-class Exact(Storage):
-    """fp32 and fp64: the tensor is its own full-precision value."""
-
-    name = "exact"
-
-    def read(self, slot: Slot, part: Site, out: Tensor | None = None) -> Tensor:
-        """See `Storage.read`."""
-        stored = slot.stored(part)
-        return stored.clone() if out is None else out.view(stored.shape).copy_(stored)
-
-    def write(self, slot: Slot, part: Site, values: Tensor) -> None:
-        """See `Storage.write`."""
-        slot.stored(part).copy_(values)
-
-
-class Plain(Storage):
-    """Round to nearest and keep nothing: small updates vanish. For comparison."""
-
-    name = "plain"
-
-    def read(self, slot: Slot, part: Site, out: Tensor | None = None) -> Tensor:
-        """See `Storage.read`."""
-        return _widen(slot.stored(part), out)
-
-    def write(self, slot: Slot, part: Site, values: Tensor) -> None:
-        """See `Storage.write`."""
-        slot.stored(part).copy_(values)
-
-
-class Stochastic(Plain):
-    """Round up or down with the probability that makes the mean right. For comparison; its random bits are replayable."""
-
-    name = "stochastic"
-
-    def __init__(self) -> None:
-        self._bits = stream(0, "rounding", 0)
-
-    def begin(self, seed: int, step: int) -> None:
-        """See `Storage.begin`."""
-        self._bits = stream(seed, "rounding", step)
-
-    def write(self, slot: Slot, part: Site, values: Tensor) -> None:
-        """See `Storage.write`."""
-        first, last = part.start // 8, -(-(part.start + part.count) // 8)
-        blocks = torch.arange(first, last, device=values.device)
-        lanes = words(self._bits.key, part.id, blocks)
-        bits = torch.stack((lanes & 0xFFFF, lanes >> 16), dim=2).view(-1)[part.start - first * 8 :][: part.count]
-        low = _toward_zero(values, slot.tensor.dtype)
-        high = torch.where(values == low.float(), low, _next_away(low, values))
-        share = (values - low.float()) / (high.float() - low.float()).where(high != low, torch.ones_like(values))
-        up = share * 65536.0 > bits.view(values.shape).to(torch.float32)
-        slot.stored(part).copy_(torch.where(up, high, low))
-
-
-class Carried(Storage):
-    """The low-order bits are carried in an int16 beside the tensor: stored + carried is an fp32 number."""
-
-    name = "carry"
-    bytes_per_parameter = 2
-
-    def read(self, slot: Slot, part: Site, out: Tensor | None = None) -> Tensor:
-        """See `Storage.read`."""
-        stored = slot.stored(part)
-        values = _widen(stored, out)
-        if slot.carried is not None:
-            _JOIN[slot.tensor.dtype](values, stored, select(slot.carried, slot.site, part).view(stored.shape))
-        return values
-
-    def write(self, slot: Slot, part: Site, values: Tensor) -> None:
-        """See `Storage.write`."""
-        if slot.carried is None:
-            slot.carried = torch.zeros(slot.tensor.shape, dtype=torch.int16, device=slot.tensor.device)
-        stored = slot.stored(part)
-        carried = select(slot.carried, slot.site, part).view(stored.shape)
-        _SPLIT[slot.tensor.dtype](values.view(stored.shape), stored, carried)
-
-
-STORAGES: dict[str, type[Storage]] = {"carry": Carried, "plain": Plain, "stochastic": Stochastic}
+PLAIN_MEMORY = (Tensor, Parameter)  # subclasses may keep their numbers elsewhere
 
 
 class Weights:
@@ -190,6 +64,10 @@ class Weights:
 
     def perturb(self, slot: Slot, part: Site, point: Direction, out: Tensor) -> None:
         """out = round(value + point) for a part of a site; `out` may be the stored tensor itself."""
+        terms = table_terms(point, part) if _dense(slot, part, [out]) else None
+        if terms:
+            _in_one_pass(slot, part, terms, [(out, 1.0)])
+            return
         if isinstance(slot.storage, Exact):
             if out is not slot.tensor:
                 out.copy_(slot.stored(part).view(out.shape))
@@ -204,11 +82,32 @@ class Weights:
 
     def perturb_many(self, slot: Slot, part: Site, points: Sequence[Direction], outs: Sequence[Tensor]) -> None:
         """outs[k] = round(value + points[k]), the same bits as `perturb` of each; none of them is the stored tensor."""
-        for point, out in zip(points, outs, strict=True):
-            self.perturb(slot, part, point, out)
+        drawn = [table_terms(point, part) if _dense(slot, part, outs) else None for point in points]
+        waiting = [k for k, terms in enumerate(drawn) if terms]
+        while waiting:  # those that are one draw, with either sign, are written together
+            first = drawn[waiting[0]]
+            assert first
+            signs = {k: _opposite(drawn[k] or (), first) for k in waiting}
+            _in_one_pass(slot, part, first, [(outs[k], sign) for k, sign in signs.items() if sign is not None])
+            waiting = [k for k, sign in signs.items() if sign is None]
+        for point, out, terms in zip(points, outs, drawn, strict=True):
+            if not terms:
+                self.perturb(slot, part, point, out)
 
-    def update(self, slot: Slot, change: Change) -> None:
-        """Apply a change to the full-precision values of one site."""
+    def update(self, slot: Slot, change: Change, along: Direction | None = None) -> None:
+        """Apply a change to the full-precision values of one site.
+
+        Args:
+            slot: the tensor.
+            change: changes the values of a part in place.
+            along: if all that `change` does is to add this direction, then it may be added in one pass instead.
+        """
+        if along is not None and isinstance(slot.storage, Carried) and _dense(slot, slot.site, []):
+            terms = table_terms(along, slot.site)
+            if terms:
+                run, device = run_of(slot.site, slot.tensor.device), slot.tensor.device
+                backend_for(device).update(slot.tensor.view(-1), slot.storage.low_bits(slot).view(-1), run, terms)
+                return
         if isinstance(slot.storage, Exact):
             change(slot.tensor, slot.site)
             return
@@ -216,6 +115,28 @@ class Weights:
             values = slot.storage.read(slot, piece, _values(slot, piece))
             change(values, piece)
             slot.storage.write(slot, piece, values)
+
+
+def _dense(slot: Slot, part: Site, outs: Sequence[Tensor]) -> bool:
+    """Whether the kernels can read this part of a tensor and write the outs: plain memory in row-major order."""
+    whole = slot.tensor
+    if type(whole) not in PLAIN_MEMORY or not whole.is_contiguous() or whole.numel() != slot.site.count:
+        return False
+    like = whole.dtype, whole.device
+    return all((out.dtype, out.device) == like and out.is_contiguous() for out in outs)
+
+
+def _in_one_pass(slot: Slot, part: Site, terms: tuple[Term, ...], outs: Sequence[tuple[Tensor, float]]) -> None:
+    """out = round(value + sign * terms) for each (out, sign)."""
+    carried = slot.carried if isinstance(slot.storage, Carried) else None
+    low = None if carried is None else _flat(select(carried, slot.site, part))
+    run, device = run_of(part, slot.tensor.device), slot.tensor.device
+    flat = [(_flat(out), sign) for out, sign in outs]
+    backend_for(device).perturb(flat, _flat(slot.stored(part)), low, run, terms)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 1 else tensor.reshape(-1)
 
 
 def _refuse_shared_memory(slots: Iterable[Slot]) -> None:
@@ -230,71 +151,19 @@ def _refuse_shared_memory(slots: Iterable[Slot]) -> None:
             )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Splitting fp32 numbers into a 16-bit float and 16 carried bits, and back.
-
-
 def _values(slot: Slot, part: Site) -> Tensor:
     return workspace("values", part.numel, torch.float32, slot.tensor.device)
 
 
-def _widen(stored: Tensor, out: Tensor | None) -> Tensor:
-    return stored.to(torch.float32) if out is None else out.view(stored.shape).copy_(stored)
-
-
-def _split_bf16(values: Tensor, stored: Tensor, carried: Tensor) -> None:
-    bits = values.view(torch.int32)
-    # The nearest bf16, halves away from zero: then what is left of the bits is their low half, as a signed number.
-    high = workspace("bits", bits.numel(), torch.int32, bits.device).view(bits.shape)
-    torch.add(bits, 0x8000, out=high).bitwise_right_shift_(16)
-    stored.view(torch.int16).copy_(high)
-    carried.copy_(bits)  # keeps the low 16 bits
-
-
-def _join_bf16(values: Tensor, stored: Tensor, carried: Tensor) -> None:
-    bits = workspace("bits", carried.numel(), torch.int32, carried.device).view(carried.shape)
-    values.view(torch.int32).add_(bits.copy_(carried))
-
-
-@lru_cache(maxsize=8)
-def _fp16_units(device: torch.device) -> Tensor:
-    """ulp / 2**16 of an fp16 number by its exponent field; the field 0 (subnormal) has the ulp of field 1."""
-    exponent = torch.arange(32).clamp(min=1)
-    return torch.ldexp(torch.ones(32), exponent - 25 - 16).to(device)
-
-
-def _fp16_unit(stored: Tensor) -> Tensor:
-    field = (stored.view(torch.int16).to(torch.int32) >> 10) & 31
-    return _fp16_units(stored.device)[field]
-
-
-def _split_fp16(values: Tensor, stored: Tensor, carried: Tensor) -> None:
-    stored.copy_(values)
-    rest = (values - stored.to(torch.float32)) / _fp16_unit(stored)  # exact: a power of two
-    carried.copy_(rest.round().clamp(-32768, 32767))
-
-
-def _join_fp16(values: Tensor, stored: Tensor, carried: Tensor) -> None:
-    rest = carried.to(torch.float32) * _fp16_unit(stored)
-    values.add_(rest.masked_fill_(carried == 0, -0.0))  # adding 0.0 would turn -0.0 into 0.0; -0.0 changes nothing
-
-
-Halves = Callable[[Tensor, Tensor, Tensor], None]  # (values, stored, carried), all of one shape
-_SPLIT: dict[torch.dtype, Halves] = {torch.bfloat16: _split_bf16, torch.float16: _split_fp16}  # writes the last two
-_JOIN: dict[torch.dtype, Halves] = {torch.bfloat16: _join_bf16, torch.float16: _join_fp16}  # completes widened values
-
-
-def _toward_zero(values: Tensor, dtype: torch.dtype) -> Tensor:
-    near = values.to(dtype)
-    too_far = near.to(torch.float32).abs() > values.abs()
-    return torch.where(too_far, _step_bits(near, -1), near)
-
-
-def _next_away(low: Tensor, values: Tensor) -> Tensor:
-    signed_zero = torch.copysign(low, values.to(low.dtype))  # so that the step from zero goes the right way
-    return _step_bits(signed_zero, 1)
-
-
-def _step_bits(values: Tensor, by: int) -> Tensor:
-    """The neighbouring 16-bit float farther from (by=1) or nearer to (by=-1) zero: magnitudes are ordered like their bits."""
-    return (values.view(torch.int16) + by).view(values.dtype)
+def _opposite(terms: tuple[Term, ...], first: tuple[Term, ...]) -> float | None:
+    """1.0 if these terms are the first ones, -1.0 if they are its one term with the other sign, None otherwise."""
+    if len(terms) != len(first) or any((a.key, a.book) != (b.key, b.book) for a, b in zip(terms, first, strict=True)):
+        return None
+    if any(isinstance(term.scale, Tensor) and term.scale.device.type != "cpu" for term in (*terms, *first)):
+        # Not read on the host: the same object is the same number.
+        return 1.0 if all(a.scale is b.scale for a, b in zip(terms, first, strict=True)) else None
+    scales, firsts = [float(term.scale) for term in terms], [float(term.scale) for term in first]
+    if [scale.hex() for scale in scales] == [scale.hex() for scale in firsts]:  # 0.0 is not -0.0 here
+        return 1.0
+    # A sum of several that cancels is +0.0 for both signs, so a pair of such sums is not a sum and its negative.
+    return -1.0 if len(terms) == 1 and scales[0] == -firsts[0] else None

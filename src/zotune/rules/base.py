@@ -39,6 +39,13 @@ class BaseRule:
         """See `Rule.prepare`."""
         return estimate
 
+    def displacement(self, site: Site, estimate: Estimate, group: dict[str, Any]) -> Direction | None:
+        """What a call would add to the values of a site, if adding a direction is all that it does there; else None.
+
+        A rule that says it is called no more for such a site: the direction is added in one pass over the weights.
+        """
+        return None
+
     def trial(self, direction: Direction, group: dict[str, Any]) -> Direction:
         """See `Rule.trial`."""
         raise ConfigError(f"Rule {self.name!r} cannot be tried: it remembers earlier steps.")
@@ -56,11 +63,15 @@ class BaseRule:
             raise ConfigError(f"{option} must be {needed}; got {getattr(self, option)!r} (rule {self.name!r}).")
 
 
+def shrinks(site: Site, group: dict[str, Any]) -> bool:
+    """Whether weight decay changes a site."""
+    return float(group["weight_decay"]) != 0.0 and decays(site.name)
+
+
 def shrink(weight: Tensor, site: Site, group: dict[str, Any]) -> None:
     """w <- w - lr * weight_decay * w, not for biases and norms."""
-    decay = float(group["weight_decay"])
-    if decay and decays(site.name):
-        weight.mul_(1.0 - float(group["lr"]) * decay)
+    if shrinks(site, group):
+        weight.mul_(1.0 - float(group["lr"]) * float(group["weight_decay"]))
 
 
 def pieces(weight: Tensor, site: Site, estimate: Estimate) -> Iterator[tuple[Tensor, Site, Tensor]]:

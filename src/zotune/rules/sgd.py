@@ -8,7 +8,7 @@ from torch import Tensor
 from zotune.core.context import Estimate
 from zotune.core.direction import Direction
 from zotune.core.site import Site
-from zotune.rules.base import BaseRule, shrink
+from zotune.rules.base import BaseRule, shrink, shrinks
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,11 @@ class SGD(BaseRule):
 
     name: ClassVar[str] = "sgd"
     offers: ClassVar[frozenset[str]] = frozenset({"trial"})
+
+    def displacement(self, site: Site, estimate: Estimate, group: dict[str, Any]) -> Direction | None:
+        """-lr * g, unless the weight decays too."""
+        lr = float(group["lr"])
+        return None if lr == 0.0 or shrinks(site, group) else -lr * estimate.direction
 
     def trial(self, direction: Direction, group: dict[str, Any]) -> Direction:
         """-lr * g"""

@@ -1,0 +1,204 @@
+/* Table noise made, multiplied and added in one pass over memory: the compiled back end of kernels/contract.py.
+
+   Plain C99, no Python headers; kernels/native.py calls it with ctypes and hands over the codebook and the threads.
+   The bits are those of kernels/reference.py. The loops are in native_loops.h.
+
+   The arithmetic must round where the contract says: build with -ffp-contract=off and never with -ffast-math. */
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define ROW 64          /* numbers in a row of the codebook, and elements worked on at once */
+#define BASE 32         /* base rows of the codebook: a row is one of them, with the signs of a Walsh row, with a sign */
+#define BLOCK 512       /* elements of a Philox block: 8 rows of numbers; a block of signs is a quarter of that */
+#define TILE 4096       /* elements whose words are drawn at once */
+#define COUNTERS 8      /* counters that go through Philox together */
+#define WORDS (TILE / 32) /* random words of a tile: one bit for each sign; numbers need a quarter */
+#define MOST_TERMS 256
+#define INLINE static inline __attribute__((always_inline))
+#define RESTRICT __restrict__
+
+enum { NUMBERS, SIGNS };                          /* books */
+enum { FP32, FP64, BF16, BF16_CARRIED, BF16_SPLIT }; /* what is read and written; the last writes `carried` too */
+
+typedef struct {
+    uint32_t key[2];
+    int32_t book, unused;
+    double scale;
+} Term;
+
+typedef struct {
+    void *tensor;
+    int64_t minus;          /* subtract the sum */
+} Out;
+
+/* What native.py packs: a Job, its Terms, its Outs. */
+typedef struct {
+    void *scaled;           /* room for BASE * ROW numbers of each term, in the precision of the sums */
+    const void *stored;
+    int16_t *carried;       /* or NULL */
+    const int64_t *rows;    /* or NULL */
+    uint64_t site;
+    int64_t start, count;   /* a run of elements; with `rows`, their number in all */
+    int64_t width;          /* elements in a row of the tensor */
+    int32_t kind, terms, outs, unused;
+    const Term *term;       /* these two are set here */
+    const Out *out;
+} Job;
+
+static const uint32_t BIT[32] = {1u << 0,  1u << 1,  1u << 2,  1u << 3,  1u << 4,  1u << 5,  1u << 6,  1u << 7,
+                                 1u << 8,  1u << 9,  1u << 10, 1u << 11, 1u << 12, 1u << 13, 1u << 14, 1u << 15,
+                                 1u << 16, 1u << 17, 1u << 18, 1u << 19, 1u << 20, 1u << 21, 1u << 22, 1u << 23,
+                                 1u << 24, 1u << 25, 1u << 26, 1u << 27, 1u << 28, 1u << 29, 1u << 30, 1u << 31};
+
+/* The codebook (kernels/codebook.py) in 8 KB, which stay in the first-level cache: whole rows would take 256. */
+static int8_t base_rows[BASE][ROW] __attribute__((aligned(64))); /* times 32 */
+static uint32_t walsh[ROW][2]; /* a bit for each entry that is -1 */
+
+INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+INLINE float value_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* The nearest bf16, halves to even; NaN stays one. */
+INLINE uint16_t nearest_bf16(float value) {
+    const uint32_t bits = bits_of(value), rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+}
+
+/* The loops, compiled for several instruction sets; `zotune_level` chooses. */
+typedef void Work(const Job *, int64_t, int64_t);
+#define LEVEL(name) name##_plain
+#include "native_loops.h"
+#undef LEVEL
+#if defined(__x86_64__) && defined(__clang__)
+#define LEVEL(name) name##_avx2
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#include "native_loops.h"
+#pragma clang attribute pop
+#undef LEVEL
+#define LEVEL(name) name##_avx512
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#include "native_loops.h"
+#pragma clang attribute pop
+#elif defined(__x86_64__) && defined(__GNUC__)
+#define LEVEL(name) name##_avx2
+#pragma GCC push_options
+#pragma GCC target("avx2")
+#include "native_loops.h"
+#pragma GCC pop_options
+#undef LEVEL
+#define LEVEL(name) name##_avx512
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#include "native_loops.h"
+#pragma GCC pop_options
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__)
+static Work *const WORK[] = {work_plain, work_avx2, work_avx512};
+
+static int best(void) {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2")) return 0;
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
+               ? 2
+               : 1;
+}
+#else
+static Work *const WORK[] = {work_plain};
+
+static int best(void) { return 0; }
+#endif
+static int level = 0;
+
+/* The base rows, (32, 64). Called once, before anything else. */
+void zotune_codebook(const int8_t *rows) {
+    memcpy(base_rows, rows, sizeof base_rows);
+    memset(walsh, 0, sizeof walsh);
+    for (int i = 0; i < ROW; i++)
+        for (int j = 0; j < ROW; j++) {
+            uint32_t odd = 0; /* the parity of the common bits */
+            for (int common = i & j; common; common >>= 1) odd ^= common & 1;
+            walsh[i][j / 32] |= odd << j % 32;
+        }
+}
+
+/* Use an instruction set: 0 plain, 1 AVX2, 2 AVX-512; or the best that the processor has if it lacks that one, or for -1.
+   Returns the one in use. */
+int zotune_level(int wanted) {
+    level = wanted < 0 || wanted > best() ? best() : wanted;
+    return level;
+}
+
+/* The OpenMP runtime that torch has loaded: its GOMP_parallel, omp_get_thread_num and omp_get_num_threads. Taken as
+   pointers, so that this file needs no OpenMP to build and never brings a second pool of threads. */
+typedef void Parallel(void (*)(void *), void *, unsigned, unsigned);
+static Parallel *parallel;
+static int (*thread_number)(void), (*team_size)(void);
+
+void zotune_threads(Parallel *run, int (*number)(void), int (*size)(void)) {
+    parallel = run;
+    thread_number = number;
+    team_size = size;
+}
+
+static void share(void *data) {
+    const Job *job = (const Job *)data;
+    const int64_t me = thread_number(), team = team_size(), skip = job->rows ? 0 : job->start % BLOCK;
+    const int64_t blocks = (skip + job->count + BLOCK - 1) / BLOCK; /* cuts lie between blocks: none is drawn twice */
+    int64_t from = me * blocks / team * BLOCK - skip, to = (me + 1) * blocks / team * BLOCK - skip;
+    if (from < 0) from = 0;
+    if (to > job->count) to = job->count;
+    if (from < to) WORK[level](job, from, to);
+}
+
+/* Each term's scale times the base rows: changes of sign are exact, so these are all the products there are. */
+static void scale_rows(const Job *job) {
+    const int8_t *z = &base_rows[0][0];
+    for (int t = 0; t < job->terms; t++) {
+        float *single = (float *)job->scaled + t * BASE * ROW;
+        double *wide = (double *)job->scaled + t * BASE * ROW;
+        const float scale = (float)job->term[t].scale;
+        if (job->term[t].book != NUMBERS) continue;
+        if (job->kind == FP64)
+            for (int i = 0; i < BASE * ROW; i++) wide[i] = job->term[t].scale * (z[i] * 0.03125);
+        else
+            for (int i = 0; i < BASE * ROW; i++) single[i] = scale * ((float)z[i] * 0.03125f);
+    }
+}
+
+void zotune_run(const char *packed, int threads) {
+    Job job;
+    memcpy(&job, packed, sizeof(Job));
+    job.term = (const Term *)(packed + sizeof(Job));
+    job.out = (const Out *)(job.term + job.terms);
+    scale_rows(&job);
+    if (threads > 1 && parallel)
+        parallel(share, &job, (unsigned)threads, 0);
+    else
+        WORK[level](&job, 0, job.count);
+}
+
+static void count_team(void *data) {
+    if (thread_number() == 0) *(int *)data = team_size();
+}
+
+/* How many threads a region really gets. */
+int zotune_team(int threads) {
+    int team = 1;
+    if (parallel) parallel(count_team, &team, (unsigned)threads, 0);
+    return team;
+}
+
+/* Raised with every change of Job, Term or of what a function means: native.py refuses any other. */
+int zotune_abi(void) { return 1; }

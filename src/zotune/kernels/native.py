@@ -1,0 +1,219 @@
+"""The compiled back end: `native.c` called through ctypes, and how it is found.
+
+Why a small C file: it runs near the speed of memory, an ordinary `pip install` builds it in a few seconds with any C
+compiler, and without one the install succeeds and `kernels.reference` does the work. The other means that reach this speed
+ask for more: numba is a heavy dependency that lags behind Python and compiles at run time; torch's own extensions and
+its compiler need a C++ compiler where the program runs.
+"""
+
+import ctypes
+import struct
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zotune.kernels.codebook import BASE_ROWS, WIDTH, integer_rows
+from zotune.kernels.composed import Composed, Sums
+from zotune.kernels.contract import Run, Term
+from zotune.kernels.openmp import find_runtime
+from zotune.kernels.reference import ReferenceBackend
+from zotune.kernels.workspace import workspace
+
+ABI = 1  # what `zotune_abi` of native.c must say
+MOST_TERMS = 256  # of one call, as in native.c; more go through the reference
+BOOKS = {"normal": 0, "rademacher": 1}
+EXACT = {torch.float32: 0, torch.float64: 1}
+BF16, BF16_CARRIED, BF16_SPLIT = 2, 3, 4
+# Elements, counted once for each term, for each thread after the first: measured, a second one breaks even at 50,000.
+WORTH_A_THREAD = 1 << 16
+
+
+class MissingError(Exception):
+    """The compiled kernels cannot be used; the message says why."""
+
+
+_JOB = "PPPPQqqqiiiiPP"  # the structs of native.c, padding included
+_TERM = "IIiid"
+_OUT = "Pq"
+
+
+@lru_cache(maxsize=64)
+def _layout(terms: int, outs: int) -> struct.Struct:
+    """A job with its terms and its outs behind it."""
+    return struct.Struct("@" + _JOB + terms * _TERM + outs * _OUT)
+
+
+def compiled_file() -> Path:
+    """Where the installation put the compiled kernels.
+
+    Raises:
+        MissingError: it did not.
+    """
+    here = Path(__file__)
+    for suffix in EXTENSION_SUFFIXES:
+        if (found := here.with_name("_native" + suffix)).is_file():
+            return found
+    raise MissingError(
+        "they are not compiled. Was there a C compiler when zotune was installed? With one, reinstall: "
+        "pip install --force-reinstall --no-deps zotune"
+    )
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The compiled kernels of a file, on the best instruction set of this processor, with torch's threads.
+
+    Raises:
+        MissingError: the file does not load, or is of another version.
+    """
+    if sys.byteorder != "little":
+        raise MissingError("they are written for little-endian processors")
+    try:
+        library = ctypes.CDLL(str(path))
+        version = int(library.zotune_abi())
+    except (OSError, AttributeError) as error:
+        raise MissingError(f"{path.name} does not load ({error}). Reinstall zotune") from error
+    if version != ABI:
+        raise MissingError(f"{path.name} was compiled from another version of zotune. Reinstall zotune")
+    library.zotune_run.argtypes = [ctypes.c_char_p, ctypes.c_int]
+    library.zotune_run.restype = None
+    library.zotune_level(-1)
+    return library
+
+
+class NativeBackend(Composed):
+    """One pass over memory, on the CPU, for fp32, fp64 and bf16; fp16 by torch operations around it."""
+
+    name = "native"
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        base = np.ascontiguousarray(integer_rows()[:BASE_ROWS].astype(np.int8))  # those with no sign changed
+        library.zotune_codebook(base.ctypes.data_as(ctypes.c_void_p))
+        self._reference = ReferenceBackend()
+        self._run = library.zotune_run
+        self.runtime = find_runtime()
+        if self.runtime.addresses:
+            library.zotune_threads(*(ctypes.c_void_p(address) for address in self.runtime.addresses))
+
+    def level(self, wanted: int = -1) -> str:
+        """Use an instruction set (0, 1 or 2; -1: the best there is) and say which one it is now."""
+        return ("plain", "AVX2", "AVX-512")[self._library.zotune_level(wanted)]
+
+    def team(self, threads: int) -> int:
+        """Threads that a call gets if it asks for so many."""
+        return int(self._library.zotune_team(threads))
+
+    def sums(self, like: Tensor, run: Run, terms: Sequence[Term]) -> Sums:
+        """See `Composed.sums`."""
+        if not self._takes(terms):
+            return self._reference.sums(like, run, terms)
+
+        def total(offset: int, count: int) -> Tensor:
+            whole = workspace("total", count, like.dtype, like.device).fill_(-0.0)  # -0.0 + x is x, bit for bit
+            self.add(whole, run if run.rows is not None else replace(run, start=run.start + offset, count=count), terms)
+            return whole
+
+        return total
+
+    def add(self, out: Tensor, run: Run, terms: Sequence[Term]) -> None:
+        """See `Backend.add`."""
+        if not self._takes(terms):
+            super().add(out, run, terms)
+        else:
+            self._call(EXACT[out.dtype], [(out, 1.0)], out, None, run, terms)
+
+    def perturb(
+        self,
+        outs: Sequence[tuple[Tensor, float]],
+        stored: Tensor,
+        carried: Tensor | None,
+        run: Run,
+        terms: Sequence[Term],
+    ) -> None:
+        """See `Backend.perturb`."""
+        if stored.dtype == torch.float16 or not self._takes(terms):
+            super().perturb(outs, stored, carried, run, terms)
+        elif stored.dtype == torch.bfloat16:
+            self._call(BF16 if carried is None else BF16_CARRIED, outs, stored, carried, run, terms)
+        else:
+            self._call(EXACT[stored.dtype], outs, stored, None, run, terms)
+
+    def update(self, stored: Tensor, carried: Tensor | None, run: Run, terms: Sequence[Term]) -> None:
+        """See `Backend.update`."""
+        if stored.dtype == torch.bfloat16 and carried is not None and self._takes(terms):
+            self._call(BF16_SPLIT, [(stored, 1.0)], stored, carried, run, terms)
+        else:
+            super().update(stored, carried, run, terms)
+
+    def _takes(self, terms: Sequence[Term]) -> bool:
+        return 0 < len(terms) <= MOST_TERMS
+
+    def _call(
+        self,
+        kind: int,
+        outs: Sequence[tuple[Tensor, float]],
+        stored: Tensor,
+        carried: Tensor | None,
+        run: Run,
+        terms: Sequence[Term],
+    ) -> None:
+        meant = run.count if run.rows is None else run.rows.numel() * run.width
+        _check(stored, stored.dtype, meant)
+        packed: list[float] = []
+        for term in terms:
+            packed += (*term.key, BOOKS[term.book], 0, float(term.scale))
+        for out, sign in outs:
+            _check(out, stored.dtype, meant)
+            packed += (out.data_ptr(), sign < 0)
+        if carried is not None:
+            _check(carried, torch.int16, meant)
+        if not (meant and outs):
+            return
+        rows = None if run.rows is None else run.rows.to("cpu", torch.int64).contiguous()
+        precision = torch.float64 if stored.dtype == torch.float64 else torch.float32
+        scaled = workspace("scaled", len(terms) * BASE_ROWS * WIDTH, precision, stored.device)
+        job = _layout(len(terms), len(outs)).pack(
+            scaled.data_ptr(),
+            stored.data_ptr(),
+            0 if carried is None else carried.data_ptr(),
+            0 if rows is None else rows.data_ptr(),
+            run.site,
+            run.start,
+            meant,
+            run.width,
+            kind,
+            len(terms),
+            len(outs),
+            0,
+            0,
+            0,
+            *packed,
+        )
+        worth = 1 + meant * len(terms) // WORTH_A_THREAD
+        self._run(job, 1 if worth == 1 else min(torch.get_num_threads(), worth))
+        for out, _ in outs:
+            _written(out)
+        if kind == BF16_SPLIT and carried is not None:
+            _written(carried)
+
+
+def _check(tensor: Tensor, dtype: torch.dtype, count: int) -> None:
+    """Raw addresses are passed on: whatever is not as the contract says must stop here."""
+    if tensor.dtype != dtype or tensor.numel() != count or not (tensor.is_cpu and tensor.is_contiguous()):
+        raise ValueError(
+            f"The kernels need {count} contiguous {dtype} numbers on the CPU; got {tuple(tensor.shape)} of "
+            f"{tensor.dtype} on {tensor.device}."
+        )
+
+
+def _written(tensor: Tensor) -> None:
+    """What torch's own operations in place do: autograd must know that the old values are gone."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)

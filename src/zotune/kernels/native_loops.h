@@ -1,0 +1,194 @@
+/* The loops of native.c, included once for each instruction set; LEVEL(name) gives every function a name of its own.
+
+   A thread works through tiles of elements: it draws the random words of a tile for all terms, and then, row by row, sums
+   the terms and adds the sum to the values while they stream past. */
+
+/* Philox4x32-10 (Salmon et al. 2011) of COUNTERS blocks from `first`: words[4 * block + word], as kernels/philox.py. */
+static void LEVEL(philox)(uint32_t *RESTRICT words, const uint32_t *key, uint64_t site, uint64_t first) {
+    uint32_t c0[COUNTERS], c1[COUNTERS], c2[COUNTERS], c3[COUNTERS];
+    for (int i = 0; i < COUNTERS; i++) {
+        c0[i] = (uint32_t)(first + i);
+        c1[i] = (uint32_t)((first + i) >> 32);
+        c2[i] = (uint32_t)site;
+        c3[i] = (uint32_t)(site >> 32);
+    }
+    uint32_t k0 = key[0], k1 = key[1];
+    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
+        for (int i = 0; i < COUNTERS; i++) {
+            uint64_t p0 = (uint64_t)c0[i] * 0xD2511F53u, p1 = (uint64_t)c2[i] * 0xCD9E8D57u;
+            c0[i] = (uint32_t)(p1 >> 32) ^ c1[i] ^ k0;
+            c1[i] = (uint32_t)p1;
+            c2[i] = (uint32_t)(p0 >> 32) ^ c3[i] ^ k1;
+            c3[i] = (uint32_t)p0;
+        }
+    for (int i = 0; i < COUNTERS; i++) {
+        words[4 * i] = c0[i];
+        words[4 * i + 1] = c1[i];
+        words[4 * i + 2] = c2[i];
+        words[4 * i + 3] = c3[i];
+    }
+}
+
+/* The words of all terms for the blocks that cover elements low ... high - 1 of one tile, counted from the tile's own. */
+static void LEVEL(draw)(uint32_t (*words)[WORDS], const Job *job, int64_t low, int64_t high) {
+    for (int t = 0; t < job->terms; t++) {
+        const int64_t block = job->term[t].book == NUMBERS ? BLOCK : BLOCK / 4, step = COUNTERS * block;
+        for (int64_t at = low / step * step; at < high; at += step) /* COUNTERS blocks of numbers are a tile */
+            LEVEL(philox)(words[t] + at % TILE / block * 4, job->term[t].key, job->site, (uint64_t)(at / block));
+    }
+}
+
+/* sum_REAL: the terms of one row of ROW elements, `row` counted in its tile: each product rounded, then each sum.
+   The first product begins the sum: -0.0 + x is x, bit for bit.
+   add_REAL: out = stored + sum, or minus it; `stored` may be the output itself. */
+#define OF(REAL)                                                                                                       \
+    INLINE void LEVEL(sum_##REAL)(REAL *RESTRICT sum, const Job *job, const uint32_t (*words)[WORDS], int row,         \
+                                  int one) {                                                                           \
+        for (int t = 0; t < (one ? 1 : job->terms); t++) {                                                             \
+            if (one || job->term[t].book == NUMBERS) {                                                                 \
+                const uint32_t name = words[t][row >> 1] >> (16 * (row & 1)) & 0xFFF, sign = 0 - (name >> 11);         \
+                const REAL *z = (const REAL *)job->scaled + (t * BASE + (name & (BASE - 1))) * ROW;                    \
+                for (int half = 0; half < 2; half++) {                                                                 \
+                    const uint32_t word = walsh[name >> 5 & (ROW - 1)][half] ^ sign;                                   \
+                    const REAL *RESTRICT from = z + 32 * half;                                                         \
+                    REAL *RESTRICT to = sum + 32 * half;                                                               \
+                    if (t == 0)                                                                                        \
+                        for (int i = 0; i < 32; i++) to[i] = word & BIT[i] ? -from[i] : from[i];                       \
+                    else                                                                                               \
+                        for (int i = 0; i < 32; i++) to[i] += word & BIT[i] ? -from[i] : from[i];                      \
+                }                                                                                                      \
+                continue;                                                                                              \
+            }                                                                                                          \
+            const REAL scale = (REAL)job->term[t].scale;                                                               \
+            for (int half = 0; half < 2; half++) {                                                                     \
+                const uint32_t word = words[t][2 * row + half];                                                        \
+                REAL *RESTRICT to = sum + 32 * half;                                                                   \
+                if (t == 0)                                                                                            \
+                    for (int i = 0; i < 32; i++) to[i] = word & BIT[i] ? -scale : scale;                               \
+                else                                                                                                   \
+                    for (int i = 0; i < 32; i++) to[i] += word & BIT[i] ? -scale : scale;                              \
+            }                                                                                                          \
+        }                                                                                                              \
+    }                                                                                                                  \
+    INLINE void LEVEL(add_##REAL)(const Job *job, const REAL *sum, int64_t at, int count) {                            \
+        const REAL *stored = (const REAL *)job->stored + at;                                                           \
+        for (int k = 0; k < job->outs; k++) {                                                                          \
+            REAL *out = (REAL *)job->out[k].tensor + at;                                                               \
+            if (job->out[k].minus)                                                                                     \
+                for (int i = 0; i < count; i++) out[i] = stored[i] - sum[i];                                           \
+            else                                                                                                       \
+                for (int i = 0; i < count; i++) out[i] = stored[i] + sum[i];                                           \
+        }                                                                                                              \
+    }
+OF(float)
+OF(double)
+
+/* bf16 outputs of bf16 values, whose bits as fp32 numbers are stored * 2**16 + carried (core/weights.py). */
+INLINE void LEVEL(add_bf16)(const Job *job, const float *RESTRICT sum, int64_t at, int count, int kind) {
+    float value[ROW];
+    const uint16_t *stored = (const uint16_t *)job->stored + at;
+    if (kind == BF16)
+        for (int i = 0; i < count; i++) value[i] = value_of((uint32_t)stored[i] << 16);
+    else {
+        const int16_t *carried = job->carried + at;
+        for (int i = 0; i < count; i++)
+            value[i] = value_of(((uint32_t)stored[i] << 16) + (uint32_t)(int32_t)carried[i]);
+    }
+    for (int k = 0; k < job->outs; k++) {
+        uint16_t *RESTRICT out = (uint16_t *)job->out[k].tensor + at;
+        if (kind == BF16_SPLIT) {
+            int16_t *RESTRICT carried = job->carried + at;
+            for (int i = 0; i < count; i++) { /* halves away from zero: then the low half is the rest, as a signed number */
+                const uint32_t bits = bits_of(value[i] + sum[i]);
+                out[i] = (uint16_t)((bits + 0x8000) >> 16);
+                carried[i] = (int16_t)bits;
+            }
+        } else if (job->out[k].minus)
+            for (int i = 0; i < count; i++) out[i] = nearest_bf16(value[i] - sum[i]);
+        else
+            for (int i = 0; i < count; i++) out[i] = nearest_bf16(value[i] + sum[i]);
+    }
+}
+
+/* `count` elements of any kind, beginning with number `inside` of a row: where a run begins and ends, and fp64. */
+static void LEVEL(edge)(const Job *job, const uint32_t (*words)[WORDS], int row, int inside, int64_t at, int count) {
+    double wide[ROW];
+    float single[ROW];
+    if (job->kind == FP64) {
+        LEVEL(sum_double)(wide, job, words, row, 0);
+        LEVEL(add_double)(job, wide + inside, at, count);
+        return;
+    }
+    LEVEL(sum_float)(single, job, words, row, 0);
+    if (job->kind == FP32)
+        LEVEL(add_float)(job, single + inside, at, count);
+    else
+        LEVEL(add_bf16)(job, single + inside, at, count, job->kind);
+}
+
+/* Whole rows of one kind; `one`: of one term of numbers, whose scale stays in a register. */
+INLINE void LEVEL(rows)(const Job *job, const uint32_t (*words)[WORDS], int row, int last, int64_t at, int kind, int one) {
+    for (; row < last; row++, at += ROW) {
+        float sum[ROW];
+        LEVEL(sum_float)(sum, job, words, row, one);
+        if (kind == FP32)
+            LEVEL(add_float)(job, sum, at, ROW);
+        else
+            LEVEL(add_bf16)(job, sum, at, ROW, kind);
+    }
+}
+#define ROWS(KIND)                                                                                                     \
+    static void LEVEL(rows_##KIND)(const Job *job, const uint32_t (*words)[WORDS], int row, int last, int64_t at) {    \
+        if (job->terms == 1 && job->term->book == NUMBERS)                                                             \
+            LEVEL(rows)(job, words, row, last, at, KIND, 1);                                                           \
+        else                                                                                                           \
+            LEVEL(rows)(job, words, row, last, at, KIND, 0);                                                           \
+    }
+ROWS(FP32)
+ROWS(BF16)
+ROWS(BF16_CARRIED)
+ROWS(BF16_SPLIT)
+
+static void LEVEL(rows_FP64)(const Job *job, const uint32_t (*words)[WORDS], int row, int last, int64_t at) {
+    for (; row < last; row++, at += ROW) LEVEL(edge)(job, words, row, 0, at, ROW);
+}
+
+/* Elements element ... element + count - 1 of the site, which lie at `at` in the tensors. */
+static void LEVEL(run)(const Job *job, int64_t element, int64_t count, int64_t at) {
+    static void (*const ROWS_OF[])(const Job *, const uint32_t (*)[WORDS], int, int, int64_t) = {
+        LEVEL(rows_FP32), LEVEL(rows_FP64), LEVEL(rows_BF16), LEVEL(rows_BF16_CARRIED), LEVEL(rows_BF16_SPLIT)};
+    uint32_t words[MOST_TERMS][WORDS];
+    const int64_t end = element + count;
+    while (element < end) {
+        const int64_t tile = element / TILE * TILE, stop = tile + TILE < end ? tile + TILE : end;
+        LEVEL(draw)(words, job, element, stop);
+        while (element < stop) {
+            const int row = (int)(element - tile) / ROW, inside = (int)(element % ROW);
+            int64_t done = (stop - tile) / ROW * ROW - (element - tile); /* whole rows, if it begins with one */
+            if (inside || done < ROW) {
+                done = stop - element < ROW - inside ? stop - element : ROW - inside;
+                LEVEL(edge)(job, (const uint32_t (*)[WORDS])words, row, inside, at, (int)done);
+            } else
+                ROWS_OF[job->kind](job, (const uint32_t (*)[WORDS])words, row, row + (int)(done / ROW), at);
+            element += done;
+            at += done;
+        }
+    }
+}
+#undef OF
+#undef ROWS
+
+/* What lies at from ... to - 1 in the tensors. */
+static void LEVEL(work)(const Job *job, int64_t from, int64_t to) {
+    if (!job->rows) {
+        LEVEL(run)(job, job->start + from, to - from, from);
+        return;
+    }
+    while (from < to) {
+        const int64_t row = from / job->width, inside = from - row * job->width;
+        const int64_t count = job->width - inside < to - from ? job->width - inside : to - from;
+        LEVEL(run)(job, job->rows[row] * job->width + inside, count, from);
+        from += count;
+    }
+}
+

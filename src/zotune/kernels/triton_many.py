@@ -1,0 +1,108 @@
+"""One launch for the update of many tensors: a model has hundreds, and a launch costs as much as a small tensor's update.
+
+Tensors of one dtype go into one launch. The addresses lie in a table on the device that is made once and used as long as the
+tensors stay where they are. Tensors whose address or number of elements is no multiple of 16 take launches of their own.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zotune.kernels.contract import Run, Term
+from zotune.kernels.triton_jit import TILE, update_many
+from zotune.kernels.triton_noise import KINDS, OPTIONS, TritonBackend, book_of, numbers, on, signed, written
+
+KEPT = 16  # tables of addresses that are kept
+
+
+@dataclass(frozen=True)
+class Item:
+    """One whole tensor, and what is added to its values."""
+
+    stored: Tensor  # contiguous
+    carried: Tensor | None  # int16, for bf16 and fp16
+    site: int  # 64-bit id
+    terms: Sequence[Term]
+
+
+class ManyUpdates:
+    """`Backend.update` of many tensors at once, the same bits."""
+
+    def __init__(self, backend: TritonBackend) -> None:
+        self.backend = backend
+        self.launches = 0  # of the last call
+        self._places: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor]] = OrderedDict()
+
+    def update(self, items: Sequence[Item]) -> None:
+        """value += sum of terms of each item, kept as `Backend.update` keeps it."""
+        self.launches = 0
+        groups: dict[tuple[Any, ...], list[Item]] = {}
+        for item in items:
+            if _fits(item):
+                kind = (item.stored.device, item.stored.dtype, len(item.terms), book_of(item.terms))
+                groups.setdefault(kind, []).append(item)
+            elif item.stored.numel() and item.terms:
+                flat, carried = item.stored.view(-1), None if item.carried is None else item.carried.view(-1)
+                self.backend.update(flat, carried, Run(item.site, 0, flat.numel()), item.terms)
+                self.launches += 1
+        for (device, dtype, count, book), members in groups.items():
+            self._launch(members, device, dtype, count, book)
+            self.launches += 1
+
+    def _launch(self, items: list[Item], device: torch.device, dtype: torch.dtype, count: int, book: int) -> None:
+        rows: dict[Any, int] = {}  # by the terms: their first row in the table
+        terms: list[Term] = []
+        for item in items:
+            if _key(item.terms) not in rows:
+                rows[_key(item.terms)] = len(terms)
+                terms.extend(item.terms)
+        place, owner = self._place(items, [rows[_key(item.terms)] for item in items], device)
+        kind, _, precision = KINDS[dtype]
+        table = self.backend.table(terms, device)
+        with on(device):
+            update_many[(owner.numel(),)](
+                owner, place, table, count, numbers(device),
+                BOOK=book, KIND=kind, TILE=TILE, FLOAT=precision, **OPTIONS,
+            )  # fmt: skip
+        written([tensor for item in items for tensor in (item.stored, item.carried) if tensor is not None])
+
+    def _place(self, items: list[Item], rows: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where tensors lie, and which tile belongs to which: (tensors, 6) int64 and (tiles,) int32 on the device."""
+        lines = [
+            (
+                i.stored.data_ptr(),
+                (i.stored if i.carried is None else i.carried).data_ptr(),
+                i.site,
+                i.stored.numel(),
+                row,
+            )
+            for i, row in zip(items, rows, strict=True)
+        ]
+        key = (device, *lines)
+        if key not in self._places:
+            table: list[tuple[int, ...]] = []
+            tiles: list[int] = []
+            for stored, carried, site, count, row in lines:
+                table.append((stored, carried, signed(site), count, sum(tiles), row))
+                tiles.append(-(-count // TILE))
+            owner = torch.repeat_interleave(torch.arange(len(tiles), dtype=torch.int32), torch.tensor(tiles))
+            made = torch.tensor(table, dtype=torch.int64).to(device, non_blocking=True)
+            self._places[key] = (made, owner.to(device, non_blocking=True))
+            if len(self._places) > KEPT:
+                self._places.popitem(last=False)
+        return self._places[key]
+
+
+def _fits(item: Item) -> bool:
+    tensors = (item.stored,) if item.carried is None else (item.stored, item.carried)
+    size = item.stored.numel()
+    return size > 0 and size % 16 == 0 and bool(item.terms) and all(t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def _key(terms: Sequence[Term]) -> tuple[Any, ...]:
+    """Equal for terms that read the same: numbers by their bits, tensors by what they are."""
+    return tuple((t.key, t.book, id(t.scale) if isinstance(t.scale, Tensor) else float(t.scale).hex()) for t in terms)
