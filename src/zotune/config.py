@@ -65,6 +65,9 @@ class TrainConfig:
     seed: int = setting(0, "Fixes all noise.")
     data_seed: int = setting(0, "Fixes which rows are drawn and their order.")
     precision: str = setting("auto", "auto, fp32, autocast, bf16 or fp16.")
+    fold_every: int = setting(
+        0, "For low-rank methods with rule sgd: steps between writes of the matrices' moves into the weights (50, say)."
+    )
     low_precision: str = setting("carry", "How bf16 and fp16 weights take small updates: carry, plain or stochastic.")
     engine: str = setting("auto", "auto, layerwise or in_place.")
     noise: str = setting("normal", "normal (table), gaussian (exact) or rademacher.")
@@ -86,6 +89,8 @@ class TrainConfig:
             wrong.append(f"lr must be at least 0, got {self.lr}")
         if self.eps is not None and not self.eps > 0:
             wrong.append(f"eps must be positive, got {self.eps}")
+        if self.fold_every < 0:
+            wrong.append(f"fold_every must be at least 0, got {self.fold_every}")
         if self.max_length < 8:
             wrong.append(f"max_length must be at least 8 tokens, got {self.max_length}")
         if wrong:

@@ -20,6 +20,7 @@ from zotune.methods import defaults, make_method
 from zotune.models import load_any
 from zotune.objectives import Objective, check_objective, find_reward, make_objective
 from zotune.optimizer import ZO
+from zotune.parameters import check_folding
 from zotune.precision import Precision, choose_device, choose_precision
 from zotune.rules import make_rule
 from zotune.run_folder import RunFolder
@@ -101,8 +102,9 @@ class Loaded:
 
 def prepare(config: TrainConfig, folder: RunFolder, listener: Listener) -> Job:
     """Load and check the task's rows and the model."""
-    make_method(config.method, method_options(config))  # wrong options are found before the model is loaded
-    make_rule(config.rule, config.rule_options)
+    method = make_method(config.method, method_options(config))  # wrong options are found before the model is loaded
+    rule = make_rule(config.rule, config.rule_options)
+    check_folding(config.fold_every, method, rule, [{"weight_decay": config.weight_decay}])
     make_mode(config.mode, config.mode_options)
     task = find_task(config.task)
     check_objective(config.objective or task.default_objective, task, config.reward)
@@ -202,6 +204,7 @@ def make_optimizer(job: Job) -> ZO:
         low_precision=config.low_precision,
         method_options=method_options(config),
         rule_options=config.rule_options,
+        fold_every=config.fold_every,
         ledger=Ledger(
             job.folder.ledger, describe_base(config.model, job.precision.weights, named, job.mode, config.seed)
         ),
@@ -240,7 +243,7 @@ def plan(job: Job, opt: ZO) -> dict[str, str]:
         "model": f"{config.model}, {sum(p.numel() for p in job.model.parameters()):,} parameters",
         "trained": f"{job.mode.name}: {opt.weights.numel:,} parameters in {len(opt.weights.slots)} tensors",
         "task": f"{config.task} ({job.task.kind}): {len(job.train)} training rows, {len(job.heldout)} held out",
-        "method": f"{_named(opt.method)}, {opt.method.paper}; rule {_named(opt.rule)}",
+        "method": f"{_named(opt.method)}, {opt.method.paper}; rule {_named(opt.rule)}{_folded(config.fold_every)}",
         "forwards": f"{forwards:g} a step, {forwards * config.steps:g} in all, batch {config.batch_size}",
         "lr, eps": f"{group['lr']:g} ({lr_source}), {config.schedule}; {group['eps']:g} ({eps_source})",
         "precision": job.precision.reason,
@@ -254,6 +257,10 @@ def plan(job: Job, opt: ZO) -> dict[str, str]:
 def _named(made: Any) -> str:
     options = ", ".join(f"{key}={value}" for key, value in options_of(made).items())
     return f"{made.name} ({options})" if options else str(made.name)
+
+
+def _folded(every: int) -> str:
+    return f"; moves of matrices are folded into the weights every {every} steps" if every else ""
 
 
 def _mib(count: int) -> str:

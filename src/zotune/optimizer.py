@@ -2,26 +2,28 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from zotune.core.context import Context, Estimate
+from zotune.core.context import AskExamples, Context, Estimate
 from zotune.core.direction import Combination, Direction, Scaled
 from zotune.core.errors import ClosureError, ConfigError
 from zotune.core.ledger import Ledger, sites_hash
 from zotune.core.noise import check_kind, stream
-from zotune.core.registry import options_of
+from zotune.core.site import Site
 from zotune.core.step import Closure, Engine, Method, Outcome, Rule, settle
 from zotune.core.weights import Weights
 from zotune.engines import make_engine
+from zotune.folding import Folding
 from zotune.methods import make_method
-from zotune.parameters import check_hyperparameters, default_eps, named_groups, warn_small_eps
+from zotune.parameters import check_folding, check_hyperparameters, default_eps, named_groups, warn_small_eps
 from zotune.rules import make_rule
-from zotune.version import __version__
+from zotune.saving import describe, refuse_lost_moves, take_up_tensors
 
 PATIENCE = 10  # steps in a row whose numbers are not finite before the run is stopped
 HYPERPARAMETERS = ("lr", "eps", "weight_decay")
@@ -54,9 +56,13 @@ class ZO(torch.optim.Optimizer):
         method_options: options of a method given by name.
         rule_options: options of a rule given by name.
         ledger: a `Ledger` or a path: writes down every loss, so that the run can be replayed.
+        fold_every: for low-rank methods with rule "sgd": keep the moves of matrices as factors beside the weights, and
+            write them into the weights every so many steps (50, say) instead of in each. BETWEEN TWO FOLDS THE MODULE'S
+            OWN TENSORS LAG BEHIND: call `fold()` before anything else reads them for good, or look inside `folded()`.
+            0: in each step.
 
     Raises:
-        ConfigError: a setting out of range. ParameterError: nothing to train, or packed tensors.
+        ConfigError: a setting out of range, or moves that cannot wait. ParameterError: nothing to train, or packed tensors.
     """
 
     def __init__(
@@ -75,6 +81,7 @@ class ZO(torch.optim.Optimizer):
         method_options: dict[str, Any] | None = None,
         rule_options: dict[str, Any] | None = None,
         ledger: Ledger | str | Path | None = None,
+        fold_every: int = 0,
     ) -> None:
         groups = named_groups(params)
         self.method: Method = make_method(method, method_options)
@@ -90,17 +97,20 @@ class ZO(torch.optim.Optimizer):
             "zo_seed": int(seed),
             "zo_method": {},
             "zo_rule": {},
+            "zo_pending": [],
             "zo_counts": {"updates": 0, "forwards": 0, "refused": 0},
         }
         super().__init__(groups, defaults)
         check_hyperparameters(self.param_groups)
+        check_folding(fold_every, self.method, self.rule, self.param_groups)
         warn_small_eps(tensors, self.param_groups[0]["eps"])
         self.weights = Weights(self._named(), low_precision)
+        self.folding = Folding(self.weights, fold_every)
         self.engine: Engine = make_engine(engine, self.weights, self.method, self.rule)
         self.ledger = Ledger(ledger) if isinstance(ledger, str | Path) else ledger
         self.last: Outcome | None = None
         self._refused_in_a_row = 0
-        self._pending: tuple[Context, Estimate] | None = None
+        self._asked: tuple[Context, Estimate] | None = None
 
     # ------------------------------------------------------------------------------------------------------------------
     # A step
@@ -119,17 +129,19 @@ class ZO(torch.optim.Optimizer):
         """
         if closure is not None:
             self.query(closure)
-        if self._pending is None:
+        if self._asked is None:
             if all(float(group["lr"]) == 0.0 for group in self.param_groups):
                 self._count_step()  # how torch.distributed.checkpoint makes an optimizer create its state
                 return None
             raise ClosureError(
                 "ZO needs the loss at several points: call step(closure), or query(closure) and then step()."
             )
-        ctx, estimate = self._pending
-        self._pending = None
+        ctx, estimate = self._asked
+        self._asked = None
         self.last = settle(self.method, ctx, estimate, self._record, lambda: self._move(estimate))
         self.param_groups[0]["zo_step"] += 1
+        if self.folding.is_due(self.step_number):
+            self.folding.fold(self.seed, self.step_number)
         self._count_step()
         self._count_refusals(self.last)
         return torch.tensor(float(estimate.loss), dtype=torch.float64)
@@ -143,24 +155,45 @@ class ZO(torch.optim.Optimizer):
             The loss to log, a 0-d float64 tensor.
         """
         check_hyperparameters(self.param_groups)
+        check_folding(self.folding.every, self.method, self.rule, self.param_groups)
+        self.folding.check()
         step, seed = self.step_number, self.seed
-        queries = _seed_of(seed, step)
+        queries, sites = _seed_of(seed, step), [slot.site for slot in self.weights]
         ctx = Context(
             step=step,
             seed=seed,
             hyperparameters={key: float(self.param_groups[0][key]) for key in HYPERPARAMETERS},
-            sites=[slot.site for slot in self.weights],
-            ask=lambda points: self.engine.losses(points, closure, queries),
-            weight=lambda site: self.weights.slots[site.name].storage.read(self.weights.slots[site.name], site),
+            sites=sites,
+            ask=lambda points: self.engine.losses(self.folding.displaced(points, sites), closure, queries),
+            weight=self.folding.weight,
             kind=self.noise,
             factors=self._eps_factors(),
             slope=self._slope(closure, queries),
             trial=self._trial if "trial" in self.method.needs else None,
+            ask_examples=self._ask_examples(closure, queries),
         )
-        estimate = self.method.estimate(ctx)
+        estimate = ctx.read(self.method.estimate(ctx))
         self._counts["forwards"] += ctx.queries
-        self._pending = (ctx, estimate)
+        self._asked = (ctx, estimate)
         return torch.tensor(float(estimate.loss), dtype=torch.float64)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Write pending moves into the module's tensors, which lag until then; does nothing if nothing is pending.
+
+        Steps that are multiples of `fold_every` do it themselves, and so does a step whose factors have nothing in common
+        with what is pending. A fold at another step rounds at another step too, which a replay of the ledger does not
+        know of: call it when the run has ended; to look at the weights in between, use `folded`.
+        """
+        self.folding.fold(self.seed, self.step_number)
+        self._count_step()
+
+    def folded(self) -> AbstractContextManager[None]:
+        """The module's tensors are folded inside the block, and have their own bits again after it: for evaluation.
+
+        Takes a copy of the tensors that have something pending; nothing right after a step that folds. No steps inside.
+        """
+        return self.folding.folded(self.seed, self.step_number)
 
     @property
     def step_number(self) -> int:
@@ -191,6 +224,10 @@ class ZO(torch.optim.Optimizer):
         slope = getattr(self.engine, "slope", None)
         return None if slope is None else lambda direction: slope(direction, closure, seed)
 
+    def _ask_examples(self, closure: Closure, seed: int) -> AskExamples | None:
+        ask = getattr(self.engine, "example_losses", None)
+        return None if ask is None else lambda points: ask(points, closure, seed)
+
     def _trial(self, direction: Direction) -> Direction:
         """Where the rule would move the weights, on all groups."""
         if any(float(group["weight_decay"]) for group in self.param_groups):
@@ -206,14 +243,23 @@ class ZO(torch.optim.Optimizer):
     def _move(self, estimate: Estimate) -> None:
         estimate = self.rule.prepare(estimate)
         self._counts["updates"] += 1
+        later: set[str] = set()
+        if self.folding.every:
+            where = self.seed, self.step_number
+            later = self.folding.take(estimate.direction, self.rule.trial, self.param_groups, *where)
         self.weights.low_precision.begin(self.seed, self.step_number)
+        displacement = getattr(self.rule, "displacement", None)  # a rule of one's own need not have it
         for group in self.param_groups:
             for parameter in group["params"]:
                 slot = self.weights.by_tensor[id(parameter)]
-                state = self.state[parameter]
-                self.weights.update(slot, lambda w, part, g=group, s=state: self.rule(w, part, estimate, g, s))  # type: ignore[misc]
-                if slot.carried is not None:
-                    state["carried"] = slot.carried
+                if slot.site.name not in later:
+                    along = None if displacement is None else displacement(slot.site, estimate, group)
+                    self.weights.update(slot, partial(self._change, estimate, group, self.state[parameter]), along)
+
+    def _change(
+        self, estimate: Estimate, group: dict[str, Any], state: dict[str, Any], values: Tensor, part: Site
+    ) -> None:
+        self.rule(values, part, estimate, group, state)
 
     def _record(self, outcome: Outcome) -> None:
         if self.ledger is not None:
@@ -237,16 +283,24 @@ class ZO(torch.optim.Optimizer):
 
     def _count_step(self) -> None:
         # One cheap entry per parameter: an empty state makes torch.distributed.checkpoint allocate gradients.
+        step = torch.tensor(float(self._counts["updates"]))  # one for all: it is never written to
         for slot in self.weights:
-            self.state[slot.tensor]["step"] = torch.tensor(float(self._counts["updates"]))
+            state = self.state[slot.tensor]
+            state["step"] = step
+            if slot.carried is not None:
+                state["carried"] = slot.carried
 
     # ------------------------------------------------------------------------------------------------------------------
     # Saving
 
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.Optimizer.state_dict`: tensors, numbers, strings; loads with `weights_only=True`."""
+        """As `torch.optim.Optimizer.state_dict`: tensors, numbers, strings; loads with `weights_only=True`.
+
+        Pending moves are in it. With the module's own state of the same moment it resumes the run bit for bit.
+        """
         self.param_groups[0]["zo_method"] = self.method.state_dict()
         self.param_groups[0]["zo_rule"] = self.rule.state_dict()
+        self.param_groups[0]["zo_pending"] = self.folding.pending.state_dict()
         state = super().state_dict()
         state["param_groups"][0]["zo_counts"] = dict(self._counts)  # these go on counting
         self._forget_states()
@@ -254,22 +308,18 @@ class ZO(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state. Tensors keep their dtype (torch's own loading casts them to the parameter's)."""
+        refuse_lost_moves(state_dict, self.folding.every)
         super().load_state_dict(state_dict)
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for parameter, number in zip(parameters, numbers, strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor) and key != "step":
-                    self.state[parameter][key] = value.detach().clone().to(parameter.device)
-            self.weights.by_tensor[id(parameter)].carried = self.state[parameter].get("carried")
+        take_up_tensors(self, state_dict)
         self.method.load_state_dict(self.param_groups[0]["zo_method"])
         self.rule.load_state_dict(self.param_groups[0]["zo_rule"])
+        self.folding.pending.load_state_dict(self.param_groups[0].get("zo_pending", []))
         self._forget_states()
-        self._pending = None
+        self._asked = None
 
     def _forget_states(self) -> None:
         """The groups only carry them into and out of files; kept there, a learned mean would be held twice."""
-        self.param_groups[0] |= {"zo_method": {}, "zo_rule": {}}
+        self.param_groups[0] |= {"zo_method": {}, "zo_rule": {}, "zo_pending": []}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only at construction: sites, noise and ledger are fixed then."""
@@ -279,21 +329,7 @@ class ZO(torch.optim.Optimizer):
 
     def describe(self) -> dict[str, Any]:
         """What a ledger's header says: enough to make the same optimizer again."""
-        rule_options = options_of(self.rule)
-        return {
-            "ledger": 1,
-            "zotune": __version__,
-            "versions": {"torch": torch.__version__, "numpy": np.__version__},
-            "method": {"name": self.method.name, **options_of(self.method)},
-            "rule": {"name": self.rule.name, **rule_options} if rule_options else self.rule.name,
-            "seed": self.seed,
-            "noise": self.noise,
-            "low_precision": self.weights.low_precision.name,
-            "sites": sites_hash(self._named()),
-            "tensors": len(self.weights.slots),
-            "parameters": self.weights.numel,
-            "groups": self._hyperparameters(),
-        }
+        return {**describe(self), "sites": sites_hash(self._named()), "groups": self._hyperparameters()}
 
     # ------------------------------------------------------------------------------------------------------------------
 

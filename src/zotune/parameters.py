@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from zotune.core.errors import ConfigError, ParameterError
-from zotune.core.site import canonical_name
+from zotune.core.low_rank import Factors, LowRank
+from zotune.core.pending import low_rank_parts
+from zotune.core.site import Site, canonical_name
+from zotune.core.step import Method, Rule
+from zotune.methods.sources import SOURCES
 
 TRAINABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Rounding noise of the slope over the slope is about this constant over eps. Measured elsewhere for bf16 forwards of
@@ -102,3 +106,49 @@ def check_hyperparameters(groups: Iterable[dict[str, Any]]) -> None:
             value = float(group[key])
             if not (math.isfinite(value) and good(value)):
                 raise ConfigError(f"{key} must be {needed}; got {value}.")
+
+
+def check_folding(fold_every: int, method: Method, rule: Rule, groups: Iterable[dict[str, Any]]) -> None:
+    """Raise a ConfigError if moves are to wait that cannot."""
+    if fold_every == 0:
+        return
+    if fold_every < 0:
+        raise ConfigError(f"fold_every must be at least 0 steps (0: nothing waits, 50 is usual); got {fold_every}.")
+    advice = "Leave it at 0, or"
+    if not makes_low_rank(method):
+        names = ", ".join(name for name, source in SOURCES.items() if getattr(source, "low_rank", False))
+        raise ConfigError(
+            f"fold_every={fold_every} keeps moves as low-rank factors, and method {method.name!r} makes none as it is set. "
+            f"{advice} use lozo, subzero or pgap, or a source of theirs ({names}) where the method has sources."
+        )
+    if "slope" in method.needs:
+        raise ConfigError(
+            f"fold_every={fold_every} leaves stored weights behind, and method {method.name!r} differentiates at the stored "
+            f"weights. {advice} use a method that asks for losses alone."
+        )
+    if not _is_linear(rule):
+        raise ConfigError(
+            f"fold_every={fold_every} adds up low-rank moves, and those of rule {rule.name!r} are not multiples of the "
+            f"estimate. {advice} use rule sgd."
+        )
+    if any(float(group["weight_decay"]) for group in groups):
+        raise ConfigError(
+            f"fold_every={fold_every} adds up low-rank moves, and weight decay moves every number by itself. {advice} set "
+            "weight_decay to 0."
+        )
+
+
+def makes_low_rank(method: Method) -> bool:
+    """Whether a method, or the source it draws from, says that its directions are low-rank on matrices."""
+    source = getattr(method, "source", None)
+    source = SOURCES.get(source) if isinstance(source, str) else source
+    return bool(getattr(method, "low_rank", False) or getattr(source, "low_rank", False))
+
+
+def _is_linear(rule: Rule) -> bool:
+    """Whether a rule turns a low-rank estimate into a low-rank move."""
+    if "trial" not in rule.offers:
+        return False
+    site = Site("probe", (1, 1))
+    probe = LowRank({site.name: Factors(torch.ones(1, 1), torch.ones(1, 1))})
+    return bool(low_rank_parts(rule.trial(probe, {"lr": 1.0, "weight_decay": 0.0}), site))

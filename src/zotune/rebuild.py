@@ -43,6 +43,7 @@ def rebuild(base: str, ledger_path: Path, out: Path, listener: Listener) -> str:
         listener.evaluating(step + 1, steps, "replayed steps")
 
     replay(opt, ledger.entries, progress=progress)
+    opt.fold()
     digest = weights_hash((name, slot.tensor) for name, slot in opt.weights.slots.items())
     if ledger.weights is not None and digest != ledger.weights:
         raise LedgerError(

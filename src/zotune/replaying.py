@@ -14,7 +14,8 @@ def replay(opt: ZO, entries: Sequence[Entry], progress: Callable[[int], None] | 
 
     Args:
         opt: made as the run's optimizer was, standing at the first entry's step.
-        entries: steps, in order. Those before the optimizer's step are skipped.
+        entries: steps, in order. Those before the optimizer's step are skipped. Moves that were pending at the end of
+            them are pending again: `opt.fold()` writes them into the tensors.
         progress: called with each step's number.
 
     Raises:
@@ -57,6 +58,7 @@ def optimizer_for(named: Any, ledger: LedgerFile, base: Any = None) -> ZO:
         )
     method, rule = dict(header["method"]), header["rule"]
     rule = {"name": rule} if isinstance(rule, str) else dict(rule)  # a rule without options is just its name
+    fold_every = rule.pop("fold_every", 0)
     opt = ZO(
         named,
         method=method.pop("name"),
@@ -67,6 +69,7 @@ def optimizer_for(named: Any, ledger: LedgerFile, base: Any = None) -> ZO:
         noise=header["noise"],
         low_precision=header["low_precision"],
         engine="in_place",
+        fold_every=fold_every,
         **header["groups"][0],
     )
     check_header(header, {**opt.describe(), "base": header.get("base") if base is None else base}, "the ledger")

@@ -79,6 +79,8 @@ def take_steps(job: Job, opt: ZO, listener: Listener) -> Iterator[int]:
         loss = opt.step(closure_for(job.objective, batch, config.micro_batch))
         assert loss is not None
         assert opt.last is not None
+        if opt.step_number == config.steps:
+            opt.fold()
         if advice := watch.step(opt.last.losses):
             listener.say(advice)
         listener.step(opt.step_number, float(loss), opt.forwards)
@@ -145,7 +147,8 @@ def assess_with_prior(job: Job, listener: Listener) -> dict[str, Any]:
 
 
 def _evaluate_now(job: Job, opt: ZO, metrics: list[dict[str, Any]], listener: Listener) -> None:
-    now = job.assessor.line(job.heldout, _progress(listener, "held out"))
+    with opt.folded():
+        now = job.assessor.line(job.heldout, _progress(listener, "held out"))
     line = {**_stamp(opt.step_number, opt.forwards), **now}
     metrics.append(line)
     job.folder.write_metrics(metrics)
@@ -155,6 +158,7 @@ def _evaluate_now(job: Job, opt: ZO, metrics: list[dict[str, Any]], listener: Li
 def _finish(
     job: Job, opt: ZO, before: dict[str, Any], metrics: list[dict[str, Any]], listener: Listener
 ) -> dict[str, Any]:
+    opt.fold()  # of a run that was killed after its last step; else nothing is pending here
     if metrics[-1]["step"] != opt.step_number:  # killed between the last step and its evaluation
         _evaluate_now(job, opt, metrics, listener)
     listener.say("saving")

@@ -23,11 +23,11 @@ def weights(shapes=None):
     return {name: torch.zeros(shape, dtype=torch.float64) for name, shape in (shapes or SHAPES).items()}
 
 
-def factors(name, step, *, rank, interval, seed=SEED, shape=(12, 9)):
-    """U and V of a step from the streams that the method documents."""
+def factors(name, step, *, rank, interval, seed=SEED, shape=(12, 9), kind="normal"):
+    """U and V of a step from the streams that the method documents, of the run's kind of noise."""
     site = Site(name, shape)
-    u = normal_matrix(stream(seed, "step", step, 0), site, "left", (shape[0], rank))
-    return u, normal_matrix(stream(seed, "run", "lozo", step // interval), site, "right", (shape[1], rank))
+    u = normal_matrix(stream(seed, "step", step, 0), site, "left", (shape[0], rank), kind)
+    return u, normal_matrix(stream(seed, "run", "lozo", step // interval), site, "right", (shape[1], rank), kind)
 
 
 def check_probes_and_estimate_are_the_papers(rank=3, step=7, interval=5):
@@ -79,27 +79,27 @@ def check_tensors_of_equal_shape_have_their_own_noise():
         assert both[3] > 1e-2 * both[0], "two matrices of equal shape share a factor"
 
 
-def draws(weights_now, step, interval):
+def draws(weights_now, step, interval, noise="normal"):
     def draw(what, name, shape):
         site = Site(name, tuple(weights_now[name].shape))
         if what == "noise":
-            return Noise(stream(SEED, "step", step, 1)).realise(site, torch.float64)
+            return Noise(stream(SEED, "step", step, 1), noise).realise(site, torch.float64)
         key = stream(SEED, "step", step, 0) if what == "left" else stream(SEED, "run", "lozo", step // interval)
-        return normal_matrix(key, site, what, shape)
+        return normal_matrix(key, site, what, shape, noise)
 
     return draw
 
 
-def check_equals_the_readable_twin(momentum=0.0, steps=20):
+def check_equals_the_readable_twin(momentum=0.0, steps=20, noise="normal"):
     """20 steps in fp64, V renewed twice. The factors' 22 bits (and N's fp32) are all that differs: 1e-6 of a move each."""
     named, loss = twin_model()
     twin = {name: p.detach().clone() for name, p in named}
     start = {name: value.clone() for name, value in twin.items()}
     reference = LOZOTwin(rank=2, interval=7, momentum=momentum)
     options = {"rank": 2, "interval": 7, "momentum": momentum}
-    opt = ZO(named, "lozo", lr=0.02, eps=1e-2, seed=SEED, method_options=options)
+    opt = ZO(named, "lozo", lr=0.02, eps=1e-2, seed=SEED, noise=noise, method_options=options)
     for step in range(steps):
-        expected, c = reference.step(twin, loss, draws(twin, step, 7), step, lr=0.02, eps=1e-2)
+        expected, c = reference.step(twin, loss, draws(twin, step, 7, noise), step, lr=0.02, eps=1e-2)
         logged = opt.step(lambda: loss(dict(named)))
         assert abs(float(logged) - expected) < 1e-5 * abs(expected)
         assert abs(opt.last.estimate.info["rho"] - c) < 1e-4 * (1 + abs(c))

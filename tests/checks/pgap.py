@@ -67,7 +67,7 @@ def check_constraint(rank=4, xi="matrix", scale="none"):
             assert len(singular) <= rank or singular[rank] < 1e-5 * singular[0], f"{name} has a rank above {rank}"
             inside = u @ (u.T @ zf @ v) @ v.T
             assert (inside - zf).norm() < 1e-5 * zf.norm()
-            expected = signs(stream(SEED, "step", step, 4 if step % 5 == 0 else 0), Site(name, SHAPES[name]), "xi")
+            expected = signs(stream(SEED, "step", step, 4 if step % 5 == 0 else 0), [name], "xi")
             if xi == "matrix":
                 assert abs(inner - float(expected) * math.sqrt(delta)) < 1e-4, f"{name}: another sign"
             seen.append((step, name, inner))
@@ -144,7 +144,7 @@ def draws(weights_now, step, h, k):
         if what == "noise":
             return Noise(stream(SEED, "step", step, first + 1)).realise(site, torch.float64)
         if what == "xi":
-            return float(signs(stream(SEED, "step", step, first), site, "xi"))
+            return float(signs(stream(SEED, "step", step, first), [name], "xi"))
         return normal_matrix(stream(SEED, "step", step, first), site, "core", shape)
 
     return draw

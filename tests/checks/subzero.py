@@ -29,7 +29,7 @@ def draw_at(source, tensors, step=0, seed=SEED):
     """(the direction as tensors, the bases it lies between)."""
     ctx = bare_context(tensors, lambda w: 0.0, step=step, seed=seed)
     made = realised(source.draw(ctx), tensors)
-    return made, {name: tuple(side.double() for side in sides) for name, sides in source._bases.items()}
+    return made, {name: tuple(side.double() for side in sides) for name, sides in source._frames.pairs.items()}
 
 
 def check_directions_lie_between_orthonormal_bases(rank=3):

@@ -7,18 +7,18 @@ import pytest
 from tests.checks import lozo as checks
 from tests.support.mutations import sees
 
-from zotune.core.low_rank import normal_matrix
-from zotune.core.site import Site
+from zotune.core.draws import draw_flat
 from zotune.methods import lozo
 from zotune.methods.lozo import LOZO, Lazy
 
 
 def drawn_without_the_name(role):
     def put_in(patch):
-        def drawn(source, site, its, shape):
-            return normal_matrix(source, Site("any", (1,)) if its == role else site, its, shape)
+        def drawn(source, shapes, its, kind):
+            names = ["any" if its == role else f"{name}#{its}" for name in shapes]
+            return draw_flat(source, names, [rows * columns for rows, columns in shapes.values()], kind)
 
-        patch.setattr(lozo, "normal_matrix", drawn)
+        patch.setattr(lozo, "normal_sheet", drawn)
 
     return put_in
 
@@ -53,27 +53,27 @@ def other_left_factor_in_the_update(patch):
 
 def renewed_every_step(patch):
     right = Lazy.kept
-    patch.setattr(Lazy, "kept", lambda self, ctx, site, columns, period: right(self, ctx, site, columns, ctx.step))
+    patch.setattr(Lazy, "kept", lambda self, ctx, period: right(self, ctx, ctx.step))
 
 
 def renewed_one_step_late(patch):
     right = Lazy.kept
 
-    def kept(self, ctx, site, columns, period):
-        return right(self, ctx, site, columns, max(0, ctx.step - 1) // self.interval)
+    def kept(self, ctx, period):
+        return right(self, ctx, max(0, ctx.step - 1) // self.interval)
 
     patch.setattr(Lazy, "kept", kept)
 
 
 def never_renewed(patch):
     right = Lazy.kept
-    patch.setattr(Lazy, "kept", lambda self, ctx, site, columns, period: right(self, ctx, site, columns, 0))
+    patch.setattr(Lazy, "kept", lambda self, ctx, period: right(self, ctx, 0))
 
 
 def left_factor_kept_too(patch):
-    right = Lazy.factors
+    right = Lazy.low_rank_part
 
-    def factors(self, ctx):
+    def low_rank_part(self, ctx):
         fresh = ctx.stream
         ctx.stream = lambda *purpose: fresh(*(purpose or ("lozo u", ctx.step // self.interval)))
         try:
@@ -81,13 +81,17 @@ def left_factor_kept_too(patch):
         finally:
             del ctx.stream
 
-    patch.setattr(Lazy, "factors", factors)
+    patch.setattr(Lazy, "low_rank_part", low_rank_part)
 
 
 def probed_on_unit_scale(patch):
     """Probes along U V^T / sqrt(r): another eps than the paper's."""
-    of = lozo.Factors.of
-    patch.setattr(lozo.Factors, "of", lambda left, right: of(left / left.shape[1] ** 0.5, right))
+    right = lozo.low_rank_or_noise
+
+    def scaled(ctx, low_rank):
+        return right(ctx, low_rank, next(iter(low_rank.factors.values())).rank ** -0.5)
+
+    patch.setattr(lozo, "low_rank_or_noise", scaled)
 
 
 def momentum_not_taken_over(patch):

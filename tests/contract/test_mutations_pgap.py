@@ -10,17 +10,14 @@ from tests.support.mutations import sees
 
 from zotune.core.context import Context
 from zotune.core.direction import Combination, Noise
-from zotune.core.low_rank import Factors, normal_matrix
-from zotune.core.site import Site
+from zotune.core.frames import Frames
+from zotune.core.low_rank import normal_stack
 from zotune.methods import pgap
 from zotune.methods.pgap import PGAP
 
 
 def core_drawn_without_the_name(patch):
-    def drawn(source, site, role, shape):
-        return normal_matrix(source, Site("any", (1,)) if role == "core" else site, role, shape)
-
-    patch.setattr(pgap, "normal_matrix", drawn)
+    patch.setattr(pgap, "normal_stack", lambda s, names, *rest: normal_stack(s, ["any"] * len(names), *rest))
 
 
 def projection_changed(change):
@@ -33,7 +30,9 @@ not_aligned = projection_changed(lambda z, s, component: z)
 wrong_sign_of_the_projection = projection_changed(lambda z, s, component: 2 * z - right(z, s, component))
 without_the_root = projection_changed(lambda z, s, component: right(z, s, component * abs(component)))
 not_divided_by_the_square = projection_changed(
-    lambda z, s, component: z - torch.diag((z.diagonal() @ s - component * s.norm()) / s.norm() * s)
+    lambda z, s, component: (
+        right(z, s, component) + (z - right(z, s, component)) * (1 - s.norm(dim=-1)[..., None, None])
+    )
 )
 along_the_square_of_s = projection_changed(lambda z, s, component: right(z, s * s, component))
 
@@ -138,8 +137,12 @@ def delta_goes_on_beyond_the_end(patch):
 
 
 def scale_forgotten(patch):
-    around = Factors.around
-    patch.setattr(pgap.Factors, "around", lambda u, core, v: around(u, core * len(core) / (len(u) * len(v)) ** 0.5, v))
+    around = Frames.around
+
+    def unscaled(self, draw):
+        return around(self, lambda batch: draw(batch) * batch.rank / batch.numel.sqrt()[:, None, None])
+
+    patch.setattr(Frames, "around", unscaled)
 
 
 def zero_estimate_for_bad_losses(patch):

@@ -8,7 +8,8 @@ import torch
 from tests.checks import subzero as checks
 from tests.support.mutations import sees
 
-from zotune.core.low_rank import Factors, LowRank, normal_matrix
+from zotune.core.frames import Frames
+from zotune.core.low_rank import Factors, normal_matrix, normal_stack
 from zotune.core.site import Site
 from zotune.methods import subzero
 from zotune.methods.subzero import Subspace, SubZero
@@ -16,7 +17,7 @@ from zotune.methods.subzero import Subspace, SubZero
 
 def core_drawn_without_the_name(patch):
     """One generator for all tensors, started again for each: equal shapes share their noise."""
-    patch.setattr(subzero, "normal_matrix", lambda s, site, *rest: normal_matrix(s, Site("any", (1,)), *rest))
+    patch.setattr(subzero, "normal_stack", lambda s, names, *rest: normal_stack(s, ["any"] * len(names), *rest))
 
 
 def basis_drawn_without_the_name(patch):
@@ -39,18 +40,18 @@ def half_precision_basis(patch):
 
 
 def core_changed(change):
-    """A fault in what goes between the bases: `change(core, left, right)`."""
+    """A fault in what goes between the bases: `change(cores, batch)`."""
 
     def put_in(patch):
-        around = Factors.around
-        patch.setattr(Factors, "around", lambda left, core, right: around(left, change(core, left, right), right))
+        around = Frames.around
+        patch.setattr(Frames, "around", lambda self, draw: around(self, lambda batch: change(draw(batch), batch)))
 
     return put_in
 
 
-scale_forgotten = core_changed(lambda core, u, v: core * len(core) / (len(u) * len(v)) ** 0.5)
-scale_by_the_rank_alone = core_changed(lambda core, u, v: core / (len(u) * len(v)) ** 0.5)
-core_transposed = core_changed(lambda core, u, v: core.T)
+scale_forgotten = core_changed(lambda cores, batch: cores * batch.rank / batch.numel.sqrt()[:, None, None])
+scale_by_the_rank_alone = core_changed(lambda cores, batch: cores / batch.numel.sqrt()[:, None, None])
+core_transposed = core_changed(lambda cores, batch: cores.transpose(1, 2))
 
 
 def renewed_one_step_late(patch):
@@ -72,23 +73,24 @@ def renewed_every_step(patch):
     def renew(self, ctx):
         other = Subspace(self.rank, 1, self.reshape)
         right(other, ctx)
-        self._bases = other._bases
+        self._frames = other._frames
 
     patch.setattr(Subspace, "_renew", renew)
 
 
 def never_renewed(patch):
     right = Subspace._renew
-    patch.setattr(Subspace, "_renew", lambda self, ctx: None if self._bases else right(self, ctx))
+    patch.setattr(Subspace, "_renew", lambda self, ctx: None if self._frames.pairs else right(self, ctx))
 
 
 def vectors_left_out(patch):
-    patch.setattr(subzero, "low_rank_or_noise", lambda ctx, factors: LowRank(factors))
+    patch.setattr(subzero, "low_rank_or_noise", lambda ctx, low_rank: low_rank)
 
 
 def factors_not_on_a_grid(patch):
     """Plain fp64 products, which depend on the order of summation."""
     patch.setattr("zotune.core.low_rank.on_grid", lambda values, rank: values.detach().to(torch.float64))
+    patch.setattr("zotune.core.frames._to_grids", lambda stack, rank: torch.ones(len(stack)))
 
 
 def starts_at_element_zero(patch):

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from tests.support.bare import bare_context, realised
 
 from zotune.core.direction import HERE, Noise
+from zotune.core.draws import draw_many, draw_stack
 from zotune.core.errors import ConfigError
+from zotune.core.frames import Frames
 from zotune.core.low_rank import (
     MAX_RANK,
     Factors,
@@ -17,9 +19,11 @@ from zotune.core.low_rank import (
     as_matrix,
     grid_bits,
     low_rank_or_noise,
-    matrix_product,
     normal_matrix,
+    normal_sheet,
+    normal_stack,
     on_grid,
+    on_grids,
     one_thread,
     orthonormal,
     random_basis,
@@ -166,7 +170,8 @@ def test_threads_do_not_show(rank):
         try:
             left = random_basis(source("left"), site, "left", (600, rank))
             right = random_basis(source("right"), site, "right", (700, rank))
-            z = LowRank({"w": Factors.around(left, normal_matrix(source("core"), site, "core", (rank, rank)), right)})
+            core = normal_stack(source("core"), ["w"], "core", (rank, rank))
+            z = Frames({"w": (left, right)}).around(lambda batch, core=core: core)
             results.append(z.realise(site))
             assert torch.get_num_threads() == threads
         finally:
@@ -197,27 +202,109 @@ def test_outputs_of_any_layout():
     assert torch.equal(scaled, expected.float() * 0.3)
 
 
-def test_products_of_small_factors_are_exact_on_their_grids():
-    generator = torch.Generator().manual_seed(1)
-    left, right = (torch.randn(9, 9, dtype=torch.float64, generator=generator) for _ in range(2))
-    made = matrix_product(left, right)
-    assert torch.equal(made, in_order(Factors(on_grid(left, 9), on_grid(right.T, 9)), reversed(range(9))))
-    # two factors, each off by 2**-24 of its largest number (24 bits), nine terms
-    assert float((made - left @ right).abs().max()) < 9 * 2 * 2.0**-23 * float(left.abs().max() * right.abs().max())
+SHAPES_OF_FRAMES = {"tall": (30, 12), "wide": (12, 30), "square": (12, 12), "other": (30, 12), "thin": (9, 7)}
 
 
-@pytest.mark.parametrize("shape", [(30, 12), (12, 30), (12, 12)])
-def test_a_core_between_factors(shape):
-    """Into the shorter factor; the longer one is the caller's own tensor. Off by the grid of one product: 2**-22."""
-    factors = factors_of(shape, 5)
-    core = normal_matrix(source("core"), Site("w", shape), "core", (5, 5))
-    made = Factors.around(factors.left, core, factors.right)
-    kept, its = (made.left, factors.left) if shape[0] > shape[1] else (made.right, factors.right)
-    assert kept is its
-    expected = factors.left.double() @ core @ factors.right.double().T
-    found = made.run(0, shape[0] * shape[1], torch.device("cpu")).view(shape)
-    assert float((found - expected).abs().max()) < 5 * 5 * 2.0**-20 * float(expected.abs().max())
-    assert torch.equal(found, in_order(made, reversed(range(5))))  # still exact
+def frames_of(ranks):
+    """Bases on their grids, and cores, for matrices whose shorter sides are left, right, shared and alone."""
+
+    def basis(name, side):
+        rows = SHAPES_OF_FRAMES[name][side]
+        return random_basis(source(side), Site(name, SHAPES_OF_FRAMES[name]), str(side), (rows, ranks[name]))
+
+    pairs = {name: (basis(name, 0), basis(name, 1)) for name in SHAPES_OF_FRAMES}
+    cores = {name: 3.7 * normal_matrix(source("core"), Site(name, ()), "core", (r, r)) for name, r in ranks.items()}
+    return pairs, cores
+
+
+@pytest.mark.parametrize("ranks", [(5, 5, 5, 5, 5), (5, 5, 3, 5, 1)])
+def test_cores_between_bases(ranks):
+    """Into the shorter factor; the longer one is the caller's own tensor. Off by the grids of core and product: 2**-22."""
+    pairs, cores = frames_of(dict(zip(SHAPES_OF_FRAMES, ranks, strict=True)))
+    frames = Frames(pairs)
+    z = frames.around(lambda batch: torch.stack([cores[name] for name in batch.names]))
+    assert list(frames.pairs) == list(pairs)
+    assert set(z.factors) == set(pairs)
+    for name, (left, right) in pairs.items():
+        made, (m, n) = z.factors[name], SHAPES_OF_FRAMES[name]
+        assert torch.equal(frames.pairs[name][0], left)
+        assert torch.equal(frames.pairs[name][1], right)
+        assert made.kept is (left if m > n else right)
+        assert made.fresh == ("right" if m > n else "left")
+        expected = left.double() @ cores[name] @ right.double().T
+        found = made.run(0, m * n, torch.device("cpu")).view(m, n)
+        assert float((found - expected).abs().max()) < 5 * 5 * 2.0**-20 * float(expected.abs().max()), name
+        assert torch.equal(found, in_order(made, reversed(range(made.rank)))), "not exact"
+        assert torch.equal(on_grid(made.changing, made.rank).float(), made.changing), "not on its grid"
+        assert made.ceiling / 2 <= float(made.changing.abs().max()) <= made.ceiling
+
+
+def test_the_company_of_a_matrix_does_not_show():
+    """Alone or beside others, the same factors to the bit."""
+    pairs, cores = frames_of(dict.fromkeys(SHAPES_OF_FRAMES, 4))
+    cores["square"] *= 1e6  # another grid than its neighbours'
+    cores["other"] *= 0.0
+    stacked = Frames(pairs).around(lambda batch: torch.stack([cores[name] for name in batch.names]))
+    for name in pairs:
+        alone = Frames({name: pairs[name]}).around(lambda batch, name=name: cores[name][None].clone())
+        assert torch.equal(alone.factors[name].changing, stacked.factors[name].changing), name
+    assert not stacked.factors["other"].changing.any()
+
+
+def test_many_grids_are_those_of_each():
+    generator = torch.Generator().manual_seed(4)
+    many = [torch.randn(7, 3, generator=generator) * 10.0**k for k in range(-6, 7)] + [torch.zeros(2, 3)]
+    rounded, ceilings = on_grids(many, 300)  # of rank 300: grids coarser than fp32
+    for values, made, ceiling in zip(many, rounded, ceilings, strict=True):
+        assert torch.equal(on_grid(values, 300).float(), made)
+        assert float(made.abs().max()) <= ceiling
+    assert on_grids([], 3) == ([], [])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Noise of many small tensors
+
+
+COUNTS = {"a": 1, "b": 64, "c": 65, "d": 511, "e": 512, "f": 513, "g": 4, "h": 6, "nothing": 0, "i": 3000}
+
+
+@pytest.mark.parametrize("kind", ["normal", "gaussian", "rademacher"])
+def test_noise_of_many_is_the_noise_of_each(kind):
+    """Whatever the company and the order; the whole, and its beginning."""
+    expected = {name: Noise(source(), kind).realise(Site(name, (count,))) for name, count in COUNTS.items()}
+    for names in (list(COUNTS), list(COUNTS)[::-1], ["e"], ["c", "a"], []):
+        made = draw_many(source(), names, [COUNTS[name] for name in names], kind)
+        assert [len(values) for values in made] == [COUNTS[name] for name in names]
+        for name, values in zip(names, made, strict=True):
+            assert torch.equal(values, expected[name]), f"{name} among {names}"
+        stacked = draw_stack(source(), names, 5, kind)
+        assert stacked.shape == (len(names), 5)
+        for name, values in zip(names, stacked, strict=True):
+            assert torch.equal(values, Noise(source(), kind).realise(Site(name, (5,))))
+    sheet, sizes = normal_sheet(source(), {"a": (13, 5), "b": (2, 2)}, "left", kind)
+    assert sum(sizes) == len(sheet)
+    assert torch.equal(sheet[:65].view(13, 5).double(), normal_matrix(source(), Site("a", ()), "left", (13, 5), kind))
+
+
+@pytest.mark.parametrize("rank", [1, 4, 128, 2048])
+def test_products_of_table_noise_are_exact_in_fp32(rank):
+    """Also of its largest numbers: 83**2 * 2**11 < 2**24. The same bits as by fp64 arithmetic, for any output."""
+    site = Site("w", (6, 5))
+    sides = [
+        normal_matrix(source(side), site, side, (rows, rank), "normal").float() for side, rows in (("l", 6), ("r", 5))
+    ]
+    for left, right in (sides, [torch.full_like(side, 83 / 32) for side in sides]):
+        single, double = Factors(left, right, single=True), Factors(left, right)
+        assert single.run(0, 30, torch.device("cpu")).dtype == torch.float32
+        assert double.run(0, 30, torch.device("cpu")).dtype == torch.float64
+        assert torch.equal(single.run(0, 30, torch.device("cpu")).view(6, 5), in_order(single, reversed(range(rank))))
+        for dtype in DTYPES:
+            a, b = (LowRank({"w": factors}).realise(site, dtype) for factors in (single, double))
+            assert torch.equal(a, b)
+            chosen = site.take(torch.tensor([4, 1]))
+            out = torch.zeros(2, 5, dtype=dtype)
+            LowRank({"w": single}).add_to(out, chosen, 0.3)
+            assert torch.equal(out, a[[4, 1]] * 0.3)
 
 
 def test_factors_of_unequal_ranks():
@@ -263,9 +350,11 @@ def test_small_matrices_belong_to_a_name_and_a_role():
         normal_matrix(source(1), site, "core", (3, 3)),
     ):
         assert not torch.equal(made, different)
-    many = signs(source(), site, "xi", 1000)
+    names = [f"site {number}" for number in range(1000)]
+    many = signs(source(), names, "xi")
     assert set(many.tolist()) == {-1.0, 1.0}
     assert abs(float(many.mean())) < 5 / math.sqrt(1000)  # five standard errors
+    assert torch.equal(signs(source(), names[500:], "xi"), many[500:])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -287,13 +376,13 @@ def test_sites_without_factors():
 def test_low_rank_on_matrices_and_noise_elsewhere_on_the_groups_scale():
     tensors = {"w": torch.zeros(37, 23), "bias": torch.zeros(7)}
     factors = {"w": factors_of((37, 23), 3)}
-    plain = realised(low_rank_or_noise(bare_context(tensors, None), factors), tensors)
+    plain = realised(low_rank_or_noise(bare_context(tensors, None), LowRank(factors)), tensors)
     assert torch.equal(plain["w"], LowRank(factors).realise(Site("w", (37, 23)), torch.float64))
     noise = Noise(stream(0, "step", 0, 0))
     assert torch.equal(plain["bias"], noise.realise(Site("bias", (7,)), torch.float64))
     ctx = bare_context(tensors, None)
     ctx._factors = {"w": 0.5, "bias": 4.0}
-    grouped = realised(low_rank_or_noise(ctx, factors), tensors)
+    grouped = realised(low_rank_or_noise(ctx, LowRank(factors)), tensors)
     assert torch.equal(grouped["w"], 0.5 * plain["w"])
     assert torch.equal(grouped["bias"], 4.0 * plain["bias"])
 

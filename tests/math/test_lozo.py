@@ -27,9 +27,10 @@ def test_tensors_of_equal_shape_have_their_own_noise():
     checks.check_tensors_of_equal_shape_have_their_own_noise()
 
 
+@pytest.mark.parametrize("noise", ["normal", "gaussian", "rademacher"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_equals_the_readable_twin(momentum):
-    checks.check_equals_the_readable_twin(momentum)
+def test_equals_the_readable_twin(momentum, noise):
+    checks.check_equals_the_readable_twin(momentum, noise=noise)
 
 
 def test_momentum_is_the_dense_mean_inside_an_interval():
@@ -129,8 +130,9 @@ def test_forwards_and_bytes_are_as_declared(momentum):
     _, _, ctx = estimate_of(method, weights(), lambda w: float(w["a"].sum()))
     assert ctx.queries == method.forwards == 2
     kept = [*method._mean.values(), *method._next.values()]
-    assert sum(n.nbytes for n in kept) == method.extra_bytes(ctx.sites) == (2 * 12 * 3 * 4 if momentum else 0)
-    assert method.source.extra_bytes(ctx.sites) == 0
+    v = sum(side.nbytes for side in method.source.kept(ctx, 0).values())
+    assert v == method.source.extra_bytes(ctx.sites) == 2 * 9 * 3 * 4
+    assert sum(n.nbytes for n in kept) == method.extra_bytes(ctx.sites) - v == (2 * 12 * 3 * 4 if momentum else 0)
 
 
 def test_state_is_copied_and_survives_loading(tmp_path):

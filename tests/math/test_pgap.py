@@ -343,7 +343,7 @@ def test_without_alignment_it_is_subzero():
     expected = realised(source.draw(bare_context(here, None, step=step, seed=SEED)), here)
     method, asked = PGAP(rank=3, scale="matched", delta_start=1.0, delta_end=1.0), []
     method._refreshed = 0
-    method._bases = {name: (u, torch.zeros(3), v) for name, (u, v) in source._bases.items()}
+    method._bases = {name: (u, torch.zeros(3), v) for name, (u, v) in source._frames.pairs.items()}
     estimate_of(method, here, lambda w: 0.0, step=step, seed=SEED, eps=0.5, asked=asked)
     found = realised(asked[0], here)
     assert all(torch.equal(found[name], 0.5 * expected[name]) for name in here)

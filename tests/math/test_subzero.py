@@ -133,7 +133,7 @@ def test_mean_over_many_new_bases_is_the_gradient():
 def test_mean_inside_an_interval_is_the_scaled_projection():
     """E[rho Zt] = mn/r^2 U U^T G V V^T: biased while the bases are kept."""
     made, slopes, method = estimates(1500, interval=10**6)
-    u, v = (side.double() for side in method.source._bases["w"])
+    u, v = (side.double() for side in method.source._frames.pairs["w"])
     projected = 30 / 4 * u @ u.T @ slopes["w"] @ v @ v.T
     within(made[:, :30], projected.flatten())
     within(made[:, 30:], slopes["bias"])
@@ -151,7 +151,7 @@ def test_second_moment_inside_an_interval():
             for step in range(2000)
         ]
     )
-    u, v = (side.double() for side in method.source._bases["w"])
+    u, v = (side.double() for side in method.source._frames.pairs["w"])
     within(squares, (30 / 4) ** 2 * 6 * (u.T @ slope @ v).square().sum())
 
 
@@ -178,7 +178,7 @@ def test_updates_of_an_interval_have_rank_r_in_all():
     opt = ZO(named, "subzero", lr=0.05, eps=1e-2, method_options={"rank": 2, "interval": 12, "reshape": "never"})
     for _ in range(12):
         opt.step(lambda: loss(dict(named)))
-    u, v = (side.double() for side in opt.method.source._bases["inner.weight"])
+    u, v = (side.double() for side in opt.method.source._frames.pairs["inner.weight"])
     moved = dict(named)["inner.weight"].detach() - start
     assert (u @ (u.T @ moved @ v) @ v.T - moved).norm() < 1e-5 * moved.norm()
     opt.step(lambda: loss(dict(named)))  # the next interval leaves it
@@ -240,7 +240,7 @@ def test_forwards_and_bytes_are_as_declared(options, expected):
     tensors, method = weights(), SubZero(rank=3, **options)
     _, _, ctx = estimate_of(method, tensors, lambda w: 1.0)
     assert ctx.queries == method.forwards == expected
-    kept = sum(side.nbytes for sides in method.source._bases.values() for side in sides)
+    kept = sum(side.nbytes for sides in method.source._frames.pairs.values() for side in sides)
     assert kept == method.extra_bytes(ctx.sites)
 
 

@@ -2,27 +2,34 @@
 
 A matrix product in floating point depends on how it is cut up, and a direction must not. So the factors are rounded onto
 grids coarse enough (21 to 24 bits) that every product and every partial sum is an exact fp64 number: then no order of
-summation matters, and the one rounding to the weight's precision is elementwise. What cannot be exact (QR, SVD) is done
+summation matters, and the one rounding to the weight's precision is elementwise. Numbers of table noise are 32nds below 4:
+they lie on such a grid as they are, and even fp32 holds the sums of their products. What cannot be exact (QR, SVD) is done
 in fp64 by one thread, so that the number of threads does not show.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from zotune.core.context import Context
-from zotune.core.direction import HERE, Direction, Leaves, Noise, Scalar, Scaled
+from zotune.core.direction import HERE, Combination, Direction, Leaves, Noise, Scalar, Scaled
+from zotune.core.draws import draw_flat, draw_stack
 from zotune.core.errors import ConfigError
 from zotune.core.noise import CHUNK, Stream
 from zotune.core.site import Site
 
 MAX_RANK = 1 << 11  # 2 * 21 bits of two factors and 11 bits of a sum fill fp64's 53
+SMALLEST = 2.0**-100  # numbers below it are on no grid: its units would leave fp32's exponents
+TABLE_CEILING = 4.0  # a power of two above every number of table noise, which ends at 83/32
+TABLE_RANK = 1 << 11  # up to here sums of products of table noise are exact in fp32: 83**2 * 2**11 < 2**24
 
 
+@lru_cache(maxsize=MAX_RANK)
 def grid_bits(rank: int) -> int:
     """Bits that each of two factors may have, so that a sum of `rank` products is exact in fp64 (and a factor in fp32)."""
     if not 1 <= rank <= MAX_RANK:
@@ -39,18 +46,55 @@ def on_grid(values: Tensor, rank: int) -> Tensor:
     largest = float(values.abs().max()) if values.numel() else 0.0
     if largest == 0.0 or not math.isfinite(largest):
         return values
-    unit = 2.0 ** (math.frexp(largest)[1] - grid_bits(rank))
+    unit = ceiling_of(largest) * 2.0 ** -grid_bits(rank)
     return torch.round(values / unit) * unit
 
 
-def normal_matrix(source: Stream, site: Site, role: str, shape: tuple[int, ...]) -> Tensor:
-    """A small matrix of exact standard normals that belongs to a site: `shape`, fp64, drawn on the CPU everywhere."""
-    return Noise(source, "gaussian").realise(Site(f"{site.name}#{role}", shape), torch.float64)
+def ceiling_of(largest: float) -> float:
+    """The power of two above a positive number."""
+    return 2.0 ** math.frexp(largest)[1]
 
 
-def signs(source: Stream, site: Site, role: str, count: int = 1) -> Tensor:
-    """(count,) independent signs that belong to a site, fp64."""
-    return Noise(source, "rademacher").realise(Site(f"{site.name}#{role}", (count,)), torch.float64)
+def on_grids(many: Sequence[Tensor], rank: int) -> tuple[list[Tensor], list[float]]:
+    """`on_grid` of many fp32 tensors at once, in fp32 (the same numbers: all that happens is scaled by powers of two).
+
+    Returns:
+        The rounded tensors, and for each a power of two above its numbers (0 for a tensor of zeros).
+    """
+    if not many:
+        return [], []
+    many = list(many)
+    largest = torch.stack(torch._foreach_max(torch._foreach_abs(many))).tolist()
+    ceilings = [ceiling_of(value) if value and math.isfinite(value) else 0.0 for value in largest]
+    units = [max(ceiling, SMALLEST) * 2.0 ** -grid_bits(rank) for ceiling in ceilings]
+    made = torch._foreach_mul(many, [1.0 / unit for unit in units])
+    torch._foreach_round_(made)
+    torch._foreach_mul_(made, units)
+    return list(made), ceilings
+
+
+def normal_matrix(source: Stream, site: Site, role: str, shape: tuple[int, ...], kind: str = "gaussian") -> Tensor:
+    """A small matrix of standard normals that belongs to a site: `shape`, fp64, drawn on the CPU everywhere."""
+    return Noise(source, kind).realise(Site(f"{site.name}#{role}", shape), torch.float64)
+
+
+def normal_sheet(
+    source: Stream, shapes: Mapping[str, tuple[int, int]], role: str, kind: str
+) -> tuple[Tensor, tuple[int, ...]]:
+    """`normal_matrix` for many sites at once: one fp32 tensor that holds them all, and the numbers each takes up in it."""
+    names, counts = [f"{name}#{role}" for name in shapes], [math.prod(shape) for shape in shapes.values()]
+    return draw_flat(source, names, counts, kind)
+
+
+def normal_stack(source: Stream, names: Sequence[str], role: str, shape: tuple[int, int]) -> Tensor:
+    """`normal_matrix` of one shape for many sites: (len(names), *shape), fp64, exact normals."""
+    drawn = draw_stack(source, [f"{name}#{role}" for name in names], math.prod(shape), "gaussian")
+    return drawn.reshape(len(names), *shape).double()
+
+
+def signs(source: Stream, names: Sequence[str], role: str) -> Tensor:
+    """(len(names),) independent signs, one that belongs to each site, fp64."""
+    return draw_stack(source, [f"{name}#{role}" for name in names], 1, "rademacher")[:, 0].double()
 
 
 @contextmanager
@@ -79,21 +123,20 @@ def random_basis(source: Stream, site: Site, role: str, shape: tuple[int, int]) 
     return on_grid(orthonormal(normal_matrix(source, site, role, shape)), shape[1]).float()
 
 
-def matrix_product(left: Tensor, right: Tensor) -> Tensor:
-    """left (m, k) @ right (k, n) of factors put onto grids: fp64, the same bits for any BLAS and thread count."""
-    rank = left.shape[1]
-    return on_grid(left, rank) @ on_grid(right, rank)
-
-
 @dataclass(frozen=True)
 class Factors:
     """One matrix as left (m, r) @ right (n, r).T. Make it with `Factors.of`, which puts both onto their grids.
 
     m * n is the site's number of elements; the matrix need not have the site's own shape (row-major order counts).
+    One of the two factors is usually kept for many steps, as the same tensor: what adds up directions, and what
+    multiplies activations by several of them, finds by that what they have in common.
     """
 
     left: Tensor  # fp32, on a grid
     right: Tensor  # fp32, on a grid
+    fresh: str = "left"  # "left" or "right": the factor that is another in each step
+    ceiling: float | None = None  # a power of two that no number of the fresh factor exceeds; None: not known
+    single: bool = False  # both are table noise: sums of their products are exact in fp32 already
 
     @classmethod
     def of(cls, left: Tensor, right: Tensor) -> "Factors":
@@ -103,30 +146,70 @@ class Factors:
             raise ConfigError(f"Factors need equal ranks; got {tuple(left.shape)} and {tuple(right.shape)}.")
         return cls(on_grid(left, rank).float(), on_grid(right, rank).float())
 
-    @classmethod
-    def around(cls, left: Tensor, core: Tensor, right: Tensor) -> "Factors":
-        """left (m, r) @ core (r, r) @ right (n, r).T for two factors that are on grids of rank r.
+    @property
+    def rank(self) -> int:
+        """Columns of each factor."""
+        return self.left.shape[1]
 
-        The core goes into the shorter factor; the longer one is shared with the caller, not copied.
-        """
-        if left.shape[0] > right.shape[0]:
-            return cls(left, on_grid(matrix_product(right, core.T), core.shape[0]).float())
-        return cls(on_grid(matrix_product(left, core), core.shape[0]).float(), right)
+    @property
+    def changing(self) -> Tensor:
+        """The fresh factor."""
+        return self.left if self.fresh == "left" else self.right
+
+    @property
+    def kept(self) -> Tensor:
+        """The other one."""
+        return self.right if self.fresh == "left" else self.left
 
     def run(self, start: int, count: int, device: torch.device) -> Tensor:
-        """Elements start ... start + count - 1 of the matrix in row-major order, exact, fp64."""
+        """Elements start ... start + count - 1 of the matrix in row-major order, exact: fp32 if that holds them, or fp64."""
         width = self.right.shape[0]
         first, last = start // width, -(-(start + count) // width)
-        rows = self.left[first:last].to(device, torch.float64) @ self.right.to(device, torch.float64).T
+        rows = self._product(self.left[first:last], device)
         return rows.view(-1)[start - first * width :][:count]
 
     def chosen(self, rows: Tensor, width: int, device: torch.device) -> Tensor:
-        """Rows of a tensor that is `width` wide, exact, fp64: (k, width)."""
+        """Rows of a tensor that is `width` wide, exact, fp32 or fp64: (k, width)."""
         if width == self.right.shape[0]:
-            left = self.left[rows.to(self.left.device)]
-            return left.to(device, torch.float64) @ self.right.to(device, torch.float64).T
+            return self._product(self.left[rows.to(self.left.device)], device)
         made = [self.run(row * width, width, device) for row in rows.tolist()]  # seen in another shape: a row is a run
-        return torch.stack(made) if made else torch.zeros(0, width, dtype=torch.float64, device=device)
+        return torch.stack(made) if made else torch.zeros(0, width, device=device)
+
+    def _product(self, left: Tensor, device: torch.device) -> Tensor:
+        precision = torch.float32 if self.single and self.rank <= TABLE_RANK else torch.float64
+        return left.to(device, precision) @ self.right.to(device, precision).T
+
+
+@dataclass(frozen=True, eq=False)
+class Sheet:
+    """Factors of many matrices whose fresh sides lie in one tensor, so that they can be added up in a few calls."""
+
+    names: tuple[str, ...]
+    values: Tensor  # (sum of sizes,) fp32: one fresh side after the other
+    sizes: tuple[int, ...]  # numbers that each takes up; it may need fewer
+    shapes: tuple[tuple[int, int], ...]  # of what lies there
+    turned: bool  # what lies there is transposed
+    kept: tuple[Tensor, ...]  # the other sides
+    fresh: tuple[str, ...]  # see `Factors`
+    ceilings: Tensor  # (k,) fp64, see `Factors`
+    single: bool = False  # see `Factors`
+
+    def factors(self) -> dict[str, Factors]:
+        """By name; their fresh sides are views."""
+        parts = [
+            (part if size == shape[0] * shape[1] else part[: shape[0] * shape[1]]).view(shape)
+            for part, size, shape in zip(
+                torch.split(self.values, list(self.sizes)), self.sizes, self.shapes, strict=True
+            )
+        ]
+        new = [part.T for part in parts] if self.turned else parts
+        rows = zip(self.names, new, self.kept, self.fresh, self.ceilings.tolist(), strict=True)
+        return {
+            name: Factors(side, kept, which, ceiling, self.single)
+            if which == "left"
+            else Factors(kept, side, which, ceiling, self.single)
+            for name, side, kept, which, ceiling in rows
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +218,15 @@ class LowRank(Direction):
 
     factors: Mapping[str, Factors]
     otherwise: Direction = HERE
+    sheets: tuple[Sheet, ...] = ()  # if there are any: the same factors, all of them
+
+    @classmethod
+    def on(cls, sheets: Sequence[Sheet]) -> "LowRank":
+        """Low-rank on what is on the sheets, zero elsewhere."""
+        factors: dict[str, Factors] = {}
+        for sheet in sheets:
+            factors.update(sheet.factors())
+        return cls(factors, sheets=tuple(sheets))
 
     def add_to(self, out: Tensor, site: Site, scale: Scalar = 1.0) -> None:
         """See `Direction.add_to`."""
@@ -160,9 +252,9 @@ class LowRank(Direction):
         return site.name in self.factors or self.otherwise.touches(site)
 
 
-def low_rank_or_noise(ctx: Context, factors: Mapping[str, Factors]) -> Direction:
-    """Low-rank on the sites that have factors, plain noise of the run's kind on the rest; on the groups' scale."""
-    return ctx.per_group(LowRank(factors)) + Scaled(ctx.gaussian(), dict.fromkeys(factors, 0.0))
+def low_rank_or_noise(ctx: Context, low_rank: LowRank, scale: float = 1.0) -> Combination:
+    """`scale` * low-rank on its sites, plain noise of the run's kind on the rest; on the groups' scale. Two terms."""
+    return scale * ctx.per_group(low_rank) + Scaled(ctx.gaussian(), dict.fromkeys(low_rank.factors, 0.0))
 
 
 def as_matrix(site: Site, square: bool = False) -> tuple[int, int] | None:

@@ -10,7 +10,8 @@ from zotune.core.context import Context, Estimate
 from zotune.core.direction import Direction
 from zotune.core.site import Site
 
-Closure = Callable[[], Any]  # runs a forward pass and returns one number (a 0-d tensor or a float)
+# Runs a forward pass and returns one number, a 0-d tensor or a float; a (B,) tensor for methods that need "examples".
+Closure = Callable[[], Any]
 
 
 @runtime_checkable
@@ -23,7 +24,10 @@ class Method(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What engine and rule must offer: "slope" (forward-mode derivatives), "trial" (a rule that can be tried)."""
+        """What engine and rule must offer.
+
+        "slope": forward-mode derivatives. "examples": a loss for each example. "trial": a rule that can be tried.
+        """
         ...
 
     @property
@@ -101,7 +105,9 @@ class Rule(Protocol):
 class Engine(Protocol):
     """How queries are answered; owns the promise that the stored weights are not disturbed.
 
-    An engine that offers "slope" also has `slope(direction, closure, seed) -> (loss, derivative along the direction)`.
+    An engine that offers "slope" also has `slope(direction, closure, seed) -> (loss, derivative along the direction)`; one
+    that offers "examples" has `example_losses(points, closure, seed)`: (len(points), B) float64, of closures that return
+    one loss per example, at points that may differ from example to example.
     """
 
     name: ClassVar[str]
@@ -129,8 +135,10 @@ def settle(
 ) -> Outcome:
     """The second half of a step: write down what was learned, then let it move the weights.
 
-    Numbers that are not finite never reach the weights: such a step is recorded, counted and otherwise left out.
+    Numbers that are not finite never reach the weights: such a step is recorded, counted and otherwise left out. Here, if
+    not before, the numbers of a step on a GPU are read on the host: the ledger's line is written before the weights move.
     """
+    estimate = ctx.read(estimate)
     outcome = Outcome(estimate, ctx.losses, accepted=estimate.is_finite())
     record(outcome)
     if outcome.accepted:

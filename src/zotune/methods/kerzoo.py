@@ -130,7 +130,7 @@ class KerZOO(Base):
             rho = (plus - minus) / (2 * h)
             g += (rho / self.n) * weighted
             loss += (plus + minus) / (2 * self.n)
-        return Estimate(g, loss, {"rho": float(rho), "radius": r})
+        return Estimate(g, loss, {"rho": rho, "radius": r})
 
     def _shared(self, ctx: Context, z: Direction, i: int) -> tuple[float, Direction, Direction, float]:
         """One radius for all tensors: (a eps, r z, K(r) z, a r) for r in units of a.

@@ -8,7 +8,9 @@ arXiv 2410.07698. Per matrix W (m x n), with t the step and nu the interval:
     c = [ L(theta + eps U V^T) - L(theta - eps U V^T) ] / (2 eps)       one number for the whole model
     W <- W - lr c U V^T / r                                             the rule
 
-Everything that is not a matrix gets plain noise z, and moves by c z. With momentum beta (LOZO-M):
+Everything that is not a matrix gets plain noise z, and moves by c z. U and V are of the run's kind of noise: by default
+numbers of the table, whose first two moments are those of N(0, I) exactly, and whose fourth is 3.00003. With momentum
+beta (LOZO-M):
 
     N <- N V_old^T V / n        when V has changed: what of the old momentum the new V can say
     N <- beta N + (1 - beta) c U
@@ -28,7 +30,7 @@ Momentum of vectors is left open; here they have none. `rank` and `interval` are
 search for OPT; momentum is 0.9.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,14 +38,30 @@ import torch
 from torch import Tensor
 
 from zotune.core.context import Context, Estimate
-from zotune.core.direction import Direction, Scaled
+from zotune.core.direction import Direction
 from zotune.core.errors import ConfigError
-from zotune.core.low_rank import Factors, LowRank, low_rank_or_noise, low_rank_shape, normal_matrix, one_thread
+from zotune.core.low_rank import (
+    TABLE_CEILING,
+    Factors,
+    LowRank,
+    Sheet,
+    low_rank_or_noise,
+    low_rank_shape,
+    normal_sheet,
+    on_grids,
+    one_thread,
+)
+from zotune.core.noise import Stream
 from zotune.core.site import Site
 from zotune.methods.base import Base
 
 
-@dataclass(frozen=True)
+def noise_kind(ctx: Context) -> str:
+    """The run's kind of noise."""
+    return ctx.kind
+
+
+@dataclass(eq=False)
 class Lazy:
     """The source "lozo": U V^T / sqrt(r) on matrices, of unit variance; plain noise elsewhere."""
 
@@ -51,7 +69,8 @@ class Lazy:
     interval: int = 50  # nu, steps that V is kept
 
     name: ClassVar[str] = "lozo"
-    extra_state: ClassVar[str] = "none"
+    extra_state: ClassVar[str] = "r n fp32 numbers per m x n matrix (V; made again, never saved)"
+    low_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -61,29 +80,52 @@ class Lazy:
         ):
             if not good:
                 raise ConfigError(f"{option} must be {needed}; got {getattr(self, option)!r} ({self.name!r}).")
+        self._shapes: dict[str, tuple[int, int]] = {}  # three caches: what they are made of is all that they depend on
+        self._sites: list[Site] = []
+        self._v: tuple[tuple[Stream, str] | None, dict[str, Tensor]] = (None, {})
 
     def draw(self, ctx: Context) -> Direction:
         """See `Source.draw`. A rank above a matrix's smaller side is a ConfigError."""
-        pairs = self.factors(ctx)
-        return low_rank_or_noise(ctx, {name: Factors.of(u / self.rank**0.5, v) for name, (u, v) in pairs.items()})
+        return low_rank_or_noise(ctx, self.low_rank_part(ctx), self.rank**-0.5)
 
-    def factors(self, ctx: Context) -> dict[str, tuple[Tensor, Tensor]]:
-        """A fresh U and the interval's V of each matrix."""
-        fresh, pairs = ctx.stream(), {}
-        for site in ctx.sites:
-            shape = low_rank_shape(site, self.rank, self.name)
-            if shape is not None:
-                u = normal_matrix(fresh, site, "left", (shape[0], self.rank))
-                pairs[site.name] = u, self.kept(ctx, site, shape[1], ctx.step // self.interval)
-        return pairs
+    def low_rank_part(self, ctx: Context) -> LowRank:
+        """A fresh U times the interval's V of each matrix."""
+        shapes, kind = self._matrices(ctx), noise_kind(ctx)
+        v = self.kept(ctx, ctx.step // self.interval)
+        sides = {name: (m, self.rank) for name, (m, _) in shapes.items()}
+        u, sizes = normal_sheet(ctx.stream(), sides, "left", kind)
+        ceilings = torch.full((len(sizes),), TABLE_CEILING, dtype=torch.float64)
+        names, kept, fresh = tuple(sides), tuple(v.values()), ("left",) * len(sides)
+        sheet = Sheet(names, u, sizes, tuple(sides.values()), False, kept, fresh, ceilings, single=True)
+        if kind != "gaussian":
+            return LowRank.on([sheet])
+        rounded, tops = on_grids([each.left for each in sheet.factors().values()], self.rank)
+        made = zip(v.items(), rounded, tops, strict=True)
+        return LowRank({name: Factors(left, right, "left", top) for (name, right), left, top in made})
 
-    def kept(self, ctx: Context, site: Site, columns: int, period: int) -> Tensor:
-        """V of a matrix in the period-th interval."""
-        return normal_matrix(ctx.stream("lozo", period), site, "right", (columns, self.rank))
+    def kept(self, ctx: Context, period: int) -> dict[str, Tensor]:
+        """V of each matrix in the period-th interval: the same tensors as long as it is asked for."""
+        source, kind, shapes = ctx.stream("lozo", period), noise_kind(ctx), self._matrices(ctx)
+        if self._v[0] != (source, kind):
+            sides = {name: (n, self.rank) for name, (_, n) in shapes.items()}
+            flat, sizes = normal_sheet(source, sides, "right", kind)
+            parts = zip(torch.split(flat, list(sizes)), sides.values(), strict=True)
+            v = [part[: n * r].view(n, r).clone() for part, (n, r) in parts]
+            v = v if kind != "gaussian" else on_grids(v, self.rank)[0]
+            self._v = (source, kind), dict(zip(shapes, v, strict=True))
+        return self._v[1]
+
+    def _matrices(self, ctx: Context) -> dict[str, tuple[int, int]]:
+        if ctx.sites != self._sites:
+            shapes = {site.name: low_rank_shape(site, self.rank, self.name) for site in ctx.sites}
+            self._shapes = {name: shape for name, shape in shapes.items() if shape is not None}
+            self._sites, self._v = list(ctx.sites), (None, {})
+        return self._shapes
 
     def extra_bytes(self, sites: Sequence[Site]) -> int:
         """See `Source.extra_bytes`."""
-        return 0
+        shapes = [low_rank_shape(site, self.rank, self.name) for site in sites]
+        return sum(4 * self.rank * shape[1] for shape in shapes if shape is not None)
 
 
 @dataclass(eq=False)
@@ -96,7 +138,8 @@ class LOZO(Base):
 
     name: ClassVar[str] = "lozo"
     paper: ClassVar[str] = "Chen et al. 2025, arXiv 2410.07698"
-    extra_state: ClassVar[str] = "with momentum, r m fp32 numbers per m x n matrix (N)"
+    extra_state: ClassVar[str] = "r n fp32 numbers per m x n matrix (V), with momentum r m more (N)"
+    low_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -114,32 +157,38 @@ class LOZO(Base):
     def extra_bytes(self, sites: Sequence[Site]) -> int:
         """See `Method.extra_bytes`."""
         shapes = [low_rank_shape(site, self.rank, self.name) for site in sites]
-        return sum(4 * self.rank * shape[0] for shape in shapes if shape is not None) if self.momentum else 0
+        momentum = sum(4 * self.rank * shape[0] for shape in shapes if shape is not None) if self.momentum else 0
+        return self.source.extra_bytes(sites) + momentum
 
     def estimate(self, ctx: Context) -> Estimate:
         """The slope c along U V^T, times U V^T / r; or the mean of such."""
-        pairs, eps = self.source.factors(ctx), ctx.eps
-        d = low_rank_or_noise(ctx, {name: Factors.of(u, v) for name, (u, v) in pairs.items()})
+        low_rank, eps = self.source.low_rank_part(ctx), ctx.eps
+        d = low_rank_or_noise(ctx, low_rank)
         plus, minus = ctx.loss([+eps * d, -eps * d])
         c = (plus - minus) / (2 * eps)
-        g = c * Scaled(d, dict.fromkeys(pairs, 1.0 / self.rank))
-        if self.momentum:
-            self._next = self._averaged(ctx, pairs, float(c))
-            mean = {name: Factors.of(n / self.rank, pairs[name][1]) for name, n in self._next.items()}
-            g = c * Scaled(d, dict.fromkeys(pairs, 0.0)) + ctx.per_group(LowRank(mean))
-        return Estimate(g, (plus + minus) / 2, {"rho": float(c)})
+        (_, matrices), (_, rest) = d.terms
+        if not self.momentum:
+            g = (c / self.rank) * matrices + c * rest
+        else:
+            mean = self._averaged(ctx, low_rank.factors, float(c))
+            self._next = {name: each.left for name, each in mean.items()}
+            g = ctx.per_group(LowRank(mean)) / self.rank + c * rest
+        return Estimate(g, (plus + minus) / 2, {"rho": c})
 
-    def _averaged(self, ctx: Context, pairs: dict[str, tuple[Tensor, Tensor]], c: float) -> dict[str, Tensor]:
-        """beta N + (1 - beta) c U, with N taken over to the V of this step first."""
-        beta, sites, made = self.momentum, {site.name: site for site in ctx.sites}, {}
-        for name, (u, v) in pairs.items():
-            mean = self._mean.get(name, torch.zeros(u.shape)).double()
-            if ctx.step // self.interval != self._period and name in self._mean:
-                old = self.source.kept(ctx, sites[name], len(v), self._period)
-                with one_thread():
-                    mean = mean @ (old.T @ v) / len(v)
-            made[name] = (beta * mean + (1.0 - beta) * c * u).float()
-        return made
+    def _averaged(self, ctx: Context, factors: Mapping[str, Factors], c: float) -> dict[str, Factors]:
+        """(beta N + (1 - beta) c U) V^T, with N taken over to the V of this step first."""
+        before = {name: self._mean.get(name, torch.zeros(each.left.shape)) for name, each in factors.items()}
+        if self._mean and ctx.step // self.interval != self._period:
+            old = Lazy(self.rank, self.interval).kept(ctx, self._period)  # of its own: the source keeps this step's
+            with one_thread():
+                for name, n in before.items():
+                    v = factors[name].right.double()
+                    before[name] = (n.double() @ (old[name].double().T @ v) / len(v)).float()
+        fresh = torch._foreach_mul([each.left for each in factors.values()], (1.0 - self.momentum) * c)
+        summed = torch._foreach_add(torch._foreach_mul(list(before.values()), self.momentum), fresh)
+        mean, ceilings = on_grids(summed, self.rank)
+        made = zip(factors.items(), mean, ceilings, strict=True)
+        return {name: Factors(n, each.right, "left", ceiling) for (name, each), n, ceiling in made}
 
     def observe(self, ctx: Context, estimate: Estimate) -> None:
         """See `Method.observe`: the mean goes on from here."""

@@ -55,7 +55,7 @@ class MeZO(Base):
             rho = (plus - minus) / (2 * eps)
             g += (rho / self.n) * z
             loss += (plus + minus) / (2 * self.n)
-        return Estimate(g, loss, {"rho": float(rho)})
+        return Estimate(g, loss, {"rho": rho})
 
     def _forward(self, ctx: Context) -> Estimate:
         g, eps = Combination(), ctx.eps
@@ -65,4 +65,4 @@ class MeZO(Base):
             (plus,) = ctx.loss([+eps * z])
             rho = (plus - here) / eps
             g += (rho / self.n) * z
-        return Estimate(g, here, {"rho": float(rho)})
+        return Estimate(g, here, {"rho": rho})

@@ -42,12 +42,13 @@ from torch import Tensor
 from zotune.core.context import Context, Estimate
 from zotune.core.direction import Combination, Direction
 from zotune.core.errors import ConfigError
+from zotune.core.frames import Batch, Frames
 from zotune.core.low_rank import (
-    Factors,
     as_matrix,
     low_rank_or_noise,
     low_rank_shape,
     normal_matrix,
+    normal_stack,
     on_grid,
     one_thread,
     orthonormal,
@@ -82,6 +83,7 @@ class PGAP(Base):
     name: ClassVar[str] = "pgap"
     paper: ClassVar[str] = "Mi et al. 2025, arXiv 2510.18228"
     extra_state: ClassVar[str] = "r (m + n + 1) fp32 numbers per m x n matrix (U, S, V)"
+    low_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -98,6 +100,7 @@ class PGAP(Base):
         self.check("scale", self.scale in ("none", "matched"), "none or matched")
         self.check("basis", self.basis in ("estimate", "random"), "estimate or random")
         self._bases: dict[str, Basis] = {}
+        self._frames: Frames | None = None  # the same bases, stacked
         self._refreshed: int | None = None  # the step
 
     @property
@@ -118,7 +121,7 @@ class PGAP(Base):
         z = self._draw(ctx, delta)
         plus, minus = ctx.loss([+eps * z, -eps * z])
         p = (plus - minus) / (2 * eps)
-        return Estimate(p * z, (plus + minus) / 2, {"rho": float(p), "delta": delta})
+        return Estimate(p * z, (plus + minus) / 2, {"rho": p, "delta": delta})
 
     def delta(self, step: int) -> float:
         """The projection magnitude of a step."""
@@ -135,15 +138,22 @@ class PGAP(Base):
     # ------------------------------------------------------------------------------------------------------------------
 
     def _draw(self, ctx: Context, delta: float) -> Direction:
-        fresh, factors = ctx.stream(), {}
-        for site in ctx.sites:
-            if site.name in self._bases:
-                u, s, v = self._bases[site.name]
-                z = normal_matrix(fresh, site, "core", (len(s), len(s)))
-                z = aligned(z, s.double(), SIGNS[self.xi](fresh, site) * delta**0.5)
-                matched = (len(u) * len(v)) ** 0.5 / len(s) if self.scale == "matched" else 1.0
-                factors[site.name] = Factors.around(u, matched * z, v)
-        return low_rank_or_noise(ctx, factors)
+        fresh, frames = ctx.stream(), self._stacked()
+
+        def cores(batch: Batch) -> Tensor:
+            z = normal_stack(fresh, batch.names, "core", (batch.rank, batch.rank))
+            s = torch.stack([self._bases[name][1] for name in batch.names]).double()
+            z = aligned(z, s, SIGNS[self.xi](fresh, batch.names) * delta**0.5)
+            return z * (batch.numel.sqrt() / batch.rank)[:, None, None] if self.scale == "matched" else z
+
+        return low_rank_or_noise(ctx, frames.around(cores))
+
+    def _stacked(self) -> Frames:
+        """The bases as `Frames`, made when they are first needed; `_bases` then holds views of them."""
+        if self._frames is None:
+            self._frames = Frames({name: (u, v) for name, (u, _, v) in self._bases.items()})
+            self._bases = {n: (u, self._bases[n][1], v) for n, (u, v) in self._frames.pairs.items()}
+        return self._frames
 
     def _refresh(self, ctx: Context) -> None:
         """Probe, then decompose the estimate of one matrix after the other."""
@@ -159,7 +169,7 @@ class PGAP(Base):
                 self._bases[site.name] = self._basis(g, random, site, (m, n, r))
             elif site.name not in self._bases:
                 self._bases[site.name] = random_bases(random, site, (m, n, r))
-        self._refreshed = ctx.step
+        self._refreshed, self._frames = ctx.step, None
 
     def _basis(self, g: Direction, random: Stream, site: Site, shape: tuple[int, int, int]) -> Basis:
         m, n, r = shape
@@ -190,15 +200,16 @@ class PGAP(Base):
         """See `Method.load_state_dict`."""
         kept: Mapping[str, Mapping[str, Tensor]] = state.get("bases", {})
         self._bases = {name: (b["U"].clone(), b["S"].clone(), b["V"].clone()) for name, b in kept.items()}
-        self._refreshed = state.get("refreshed")
+        self._refreshed, self._frames = state.get("refreshed"), None
 
 
-def aligned(z: Tensor, s: Tensor, component: float) -> Tensor:
-    """z (r, r) with its component along diag(s) / |s| replaced by the given one; z itself if s is 0."""
-    length = float(s.norm())
-    if length == 0.0:
-        return z
-    return z - torch.diag((float(z.diagonal() @ s) - component * length) / length**2 * s)
+def aligned(z: Tensor, s: Tensor, component: float | Tensor) -> Tensor:
+    """z (..., r, r) with its component along diag(s) / |s| replaced by the given one; z itself where s (..., r) is 0."""
+    with one_thread():
+        square = (s * s).sum(dim=-1)
+        inner = (z.diagonal(dim1=-2, dim2=-1) * s).sum(dim=-1)
+    change = (inner - component * square.sqrt()) / square.where(square > 0, 1.0)  # of s
+    return z - torch.diag_embed(change[..., None] * s)
 
 
 def random_bases(source: Stream, site: Site, shape: tuple[int, int, int]) -> Basis:
@@ -244,8 +255,8 @@ def randomised_subspace(tall: Tensor, rank: int, source: Stream, site: Site) -> 
 
 Subspace = Callable[[Tensor, int, Stream, Site], Tensor]
 SUBSPACES: dict[str, Subspace] = {"exact": exact_subspace, "randomised": randomised_subspace}
-SIGNS: dict[str, Callable[[Stream, Site], float]] = {
-    "matrix": lambda source, site: float(signs(source, site, "xi")),
-    "shared": lambda source, site: float(signs(source, Site("", (1,)), "xi")),
-    "fixed": lambda source, site: 1.0,
+SIGNS: dict[str, Callable[[Stream, Sequence[str]], Tensor]] = {  # one for each name
+    "matrix": lambda source, names: signs(source, names, "xi"),
+    "shared": lambda source, names: signs(source, [""], "xi").expand(len(names)),
+    "fixed": lambda source, names: torch.ones(len(names), dtype=torch.float64),
 }

@@ -4,7 +4,7 @@ Yu, Zhou, Wang, Li, Tian, Huang, "Zeroth-Order Fine-Tuning of LLMs in Random Sub
 Per matrix W (m x n), with t the step and F the interval:
 
     U, V = Q factors of Gaussian (m x r) and (n x r) matrices       new ones whenever t is a multiple of F
-    Z ~ N(0, I), r x r                                              every step
+    Z ~ N(0, I), r x r                                              every step, exact normals whatever the run's noise
     Zt = sqrt(m n) / r  *  U Z V^T                                  so E|Zt|^2 = m n, as of plain noise
     rho = [ L(theta + eps Zt) - L(theta - eps Zt) ] / (2 eps)       one number for the whole model
     W <- W - lr rho Zt                                              the rule
@@ -32,14 +32,8 @@ from torch import Tensor
 from zotune.core.context import Context, Estimate
 from zotune.core.direction import HERE, Combination, Direction
 from zotune.core.errors import ConfigError
-from zotune.core.low_rank import (
-    Factors,
-    as_matrix,
-    low_rank_or_noise,
-    low_rank_shape,
-    normal_matrix,
-    random_basis,
-)
+from zotune.core.frames import Batch, Frames
+from zotune.core.low_rank import as_matrix, low_rank_or_noise, low_rank_shape, normal_stack, random_basis
 from zotune.core.noise import Stream
 from zotune.core.site import Site
 from zotune.methods.base import Base
@@ -58,6 +52,7 @@ class Subspace:
 
     name: ClassVar[str] = "subzero"
     extra_state: ClassVar[str] = "r (m + n) fp32 numbers per m x n matrix (the bases; made again, never saved)"
+    low_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -69,21 +64,19 @@ class Subspace:
         for option, good, needed in checks:
             if not good:
                 raise ConfigError(f"{option} must be {needed}; got {getattr(self, option)!r} ({self.name!r}).")
-        self._bases: dict[str, tuple[Tensor, Tensor]] = {}  # a cache: what it is made of is all that it depends on
+        self._frames = Frames({})  # a cache: what it is made of is all that it depends on
         self._made_of: tuple[Stream, list[Site]] | None = None
 
     def draw(self, ctx: Context) -> Direction:
         """See `Source.draw`. A rank above a matrix's smaller side is a ConfigError."""
         self._renew(ctx)
         fresh = ctx.stream()
-        factors = {}
-        for site in ctx.sites:
-            if site.name in self._bases:
-                left, right = self._bases[site.name]
-                core = normal_matrix(fresh, site, "core", (self.rank, self.rank))
-                matched = (left.shape[0] * right.shape[0]) ** 0.5 / self.rank
-                factors[site.name] = Factors.around(left, matched * core, right)
-        return low_rank_or_noise(ctx, factors)
+
+        def cores(batch: Batch) -> Tensor:
+            drawn = normal_stack(fresh, batch.names, "core", (batch.rank, batch.rank))
+            return drawn.mul_((batch.numel.sqrt() / batch.rank)[:, None, None])
+
+        return low_rank_or_noise(ctx, self._frames.around(cores))
 
     def extra_bytes(self, sites: Sequence[Site]) -> int:
         """See `Source.extra_bytes`."""
@@ -113,7 +106,7 @@ class Subspace:
             if shape is not None:
                 left = random_basis(kept, site, "left", (shape[0], self.rank))
                 bases[site.name] = left, random_basis(kept, site, "right", (shape[1], self.rank))
-        self._bases, self._made_of = bases, made_of
+        self._frames, self._made_of = Frames(bases), made_of
 
 
 @dataclass(eq=False)
@@ -129,6 +122,7 @@ class SubZero(Base):
     name: ClassVar[str] = "subzero"
     paper: ClassVar[str] = "Yu et al. 2025, arXiv 2410.08989"
     extra_state: ClassVar[str] = Subspace.extra_state
+    low_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -157,7 +151,7 @@ class SubZero(Base):
             rho = (plus - minus) / (2 * eps)
             g += (rho / self.n) * z
             loss += (plus + minus) / (2 * self.n)
-        return Estimate(g, loss, {"rho": float(rho)})
+        return Estimate(g, loss, {"rho": rho})
 
     def _forward(self, ctx: Context) -> Estimate:
         eps = ctx.eps
@@ -165,7 +159,7 @@ class SubZero(Base):
         here, *plus = ctx.loss([HERE, *(+eps * each for each in z)])
         rho = [(there - here) / eps for there in plus]
         g = Combination(tuple((slope / self.n, each) for slope, each in zip(rho, z, strict=True)))
-        return Estimate(g, here, {"rho": float(rho[-1])})
+        return Estimate(g, here, {"rho": rho[-1]})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Method.load_state_dict`: nothing is saved, and the bases are made again at the next step."""

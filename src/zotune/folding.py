@@ -1,0 +1,104 @@
+"""Folding: when the moves of low-rank steps are written into the weights, and what counts as the weights until then."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zotune.core.direction import Direction
+from zotune.core.errors import ClosureError
+from zotune.core.pending import Move, Pending, moves_of
+from zotune.core.site import Site
+from zotune.core.weights import Weights
+
+Trial = Callable[[Direction, dict[str, Any]], Direction]  # where a rule would move a parameter group
+
+
+class Folding:
+    """Pending moves of an optimizer, folded into its weights in every `every`-th step; 0: nothing is ever pending."""
+
+    def __init__(self, weights: Weights, every: int) -> None:
+        self.weights = weights
+        self.every = every
+        self.pending = Pending()
+        self._inside = False  # of `folded`
+
+    def check(self) -> None:
+        """Weights that are about to be put back cannot be trained."""
+        if self._inside:
+            raise ClosureError(
+                "A step inside folded() would be lost: its weights are put back at the end of the block."
+            )
+
+    def displaced(self, points: Sequence[Direction], sites: Sequence[Site]) -> list[Direction]:
+        """Points around the weights that count, as displacements from the stored ones."""
+        return self.pending.displaced(points, sites)
+
+    def weight(self, site: Site) -> Tensor:
+        """Full-precision values that count: stored, and what is pending."""
+        slot = self.weights.slots[site.name]
+        values = slot.storage.read(slot, site)
+        if self.pending:
+            self.pending.direction().add_to(values, site)
+        return values
+
+    def take(
+        self, direction: Direction, trial: Trial, groups: Sequence[dict[str, Any]], seed: int, step: int
+    ) -> set[str]:
+        """Keep the low-rank part of a step's move. Returns the names of the tensors whose move that is.
+
+        A move that shares no factor with what is pending on its tensors is the beginning of a new interval: then what is
+        pending is folded first.
+        """
+        moves: list[Move] = []
+        names: set[str] = set()
+        for group in groups:
+            sites = [self.weights.by_tensor[id(parameter)].site for parameter in group["params"]]
+            made, inside = moves_of(trial(direction, group), sites)
+            moves += [move for move in made if bool(move.coefficients.any())]
+            names |= inside
+        if not self.pending.fits(moves):
+            self.fold(seed, step)
+        self.pending.absorb(moves)
+        if self.pending and self.pending.is_full():
+            self.fold(seed, step)
+        return names
+
+    def is_due(self, step: int) -> bool:
+        """Whether the weights are folded after `step` steps: a function of that number alone."""
+        return self.every > 0 and step % self.every == 0
+
+    def fold(self, seed: int, step: int) -> None:
+        """Write what is pending into the weights, with one rounding of each number's sum."""
+        if self.pending:
+            self.weights.low_precision.begin(seed, -1 - step)  # other random bits than the step's own update has
+            self.pending.write(self.weights)
+            self.pending.clear()
+
+    @contextmanager
+    def folded(self, seed: int, step: int) -> Iterator[None]:
+        """Folded inside the block; afterwards everything has its own bits again."""
+        if not self.pending:
+            yield
+            return
+        slots = [self.weights.slots[name] for name in self.pending.names]
+        saved = [
+            (slot, slot.tensor.detach().clone(), None if slot.carried is None else slot.carried.clone())
+            for slot in slots
+        ]
+        pending, self.pending, self._inside = self.pending, Pending(), True
+        try:
+            with torch.no_grad():
+                self.weights.low_precision.begin(seed, -1 - step)
+                pending.write(self.weights)
+            yield
+        finally:
+            for slot, tensor, carried in saved:
+                slot.tensor.detach().copy_(tensor)
+                if carried is None:
+                    slot.carried = None
+                elif slot.carried is not None:
+                    slot.carried.copy_(carried)
+            self.pending, self._inside = pending, False
