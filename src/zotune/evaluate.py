@@ -9,7 +9,6 @@ question.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from zotune.core.errors import ConfigError, DataError
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.layout import count_rows
+from zotune.tasks.packing_trial import eval_mode as eval_mode  # handed on: evaluations run in it
 from zotune.tasks.scoring import OptionScorer
 from zotune.tasks.shared_prompt import SharedPrompt, worthwhile
 
@@ -258,15 +258,3 @@ def prior_corrected(evaluation: Evaluation, bias: Tensor) -> Evaluation:
     if bias.shape != evaluation.scores.shape[1:]:
         raise DataError(f"the bias has {bias.numel()} options and the scores have {evaluation.scores.shape[1]}.")
     return Evaluation.of(evaluation.scores.double() + bias.double(), evaluation.labels, evaluation.right)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off in every module; each one's own mode back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from zotune.core.errors import DataError
-from zotune.evaluate import Progress, check_asked, eval_mode
+from zotune.evaluate import Progress, check_asked
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.generation import Generated, Generator
 from zotune.tasks.metrics import METRICS
+from zotune.tasks.packing_trial import eval_mode
 from zotune.tasks.task import Row
 
 

@@ -103,6 +103,11 @@ class Loaded:
 def prepare(config: TrainConfig, folder: RunFolder, listener: Listener) -> Job:
     """Load and check the task's rows and the model."""
     method = make_method(config.method, method_options(config))  # wrong options are found before the model is loaded
+    if "examples" in method.needs:
+        raise ConfigError(
+            f"method {config.method!r} needs a loss for each example, and the objectives of a run give one for the batch. Use "
+            "zotune.ZO with a closure of your own, or another method."
+        )
     rule = make_rule(config.rule, config.rule_options)
     check_folding(config.fold_every, method, rule, [{"weight_decay": config.weight_decay}])
     make_mode(config.mode, config.mode_options)

@@ -242,8 +242,13 @@ def make_objective(
 
 
 def closure_for(objective: Objective, batch: Sequence[Encoded], micro_batch: int | None) -> Callable[[], Tensor]:
-    """The loss of a batch, as a 0-d tensor; made in micro-batches it is the same mean over the whole."""
+    """The loss of a batch, as a 0-d tensor; made in micro-batches it is the same mean over the whole.
+
+    Micro-batches are of similar length: what is padded to the longest of them is computed for nothing.
+    """
     size = micro_batch or len(batch)
+    if size < len(batch):
+        batch = sorted(batch, key=lambda example: example.length)
     parts = [batch[start : start + size] for start in range(0, len(batch), size)]
     weights = [objective.weight(part) for part in parts]
 

@@ -38,7 +38,8 @@ class ZO(torch.optim.Optimizer):
 
     The closure runs one forward pass and returns one number; it is called several times a step and must use the same
     batch each time. It needs no `backward`, no `torch.no_grad` and no `zero_grad`. Dropout masks are the same in all
-    queries of a step. `lr`, `eps` and `weight_decay` live in the parameter groups, so schedulers work.
+    queries of a step. (`grzo` needs one loss per example instead.) `lr`, `eps` and `weight_decay` live in the parameter
+    groups, so schedulers work.
 
     Args:
         params: `model.named_parameters()`, best; or tensors, or parameter groups. Noise is keyed by names: without

@@ -23,7 +23,7 @@ def words(name):
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "grzo"])  # needs a closure of its own
 def test_every_method_trains_and_replays(run, arguments, tiny, tmp_path, name, mode):
     """bf16 weights in full tuning; the rebuilt weights are compared by hash inside `zotune replay`."""
     short = ["--method", name, *words(name), "--mode", mode, "--precision", "bf16", "--steps", 3, "--eval-rows", 4]

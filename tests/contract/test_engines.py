@@ -452,14 +452,18 @@ def test_an_engine_that_lacks_what_a_method_needs():
         name, needs = "needy", frozenset({"activations"})
 
     case = CASES["bare"](torch.float32)
-    with pytest.raises(ConfigError, match="'needy' needs activations, which engine 'layerwise' does not offer"):
+    with pytest.raises(ConfigError, match="'needy' needs activations, which engine 'auto' does not offer"):
         ZO(case.named, method=Needy())
 
 
-def test_auto_is_layerwise_and_says_why():
-    _, opt = losses(CASES["llama"](torch.float32), "auto")
-    assert opt.engine.name == "layerwise"
-    assert "reached by module hooks" in opt.engine.reason
+def test_auto_says_what_it_does_and_why():
+    for name, why in (
+        ("llama", "2 points in one forward of LlamaModel"),
+        ("bare", "not batched: tensors are read outside"),
+    ):
+        _, opt = losses(CASES[name](torch.float32), "auto")
+        assert opt.engine.reason.startswith(why)
+        assert "reached by module hooks" in opt.engine.reason
 
 
 # ----------------------------------------------------------------------------------------------------------------------

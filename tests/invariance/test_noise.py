@@ -194,7 +194,7 @@ def test_kept_row_numbers_give_the_same_noise(reference, kind):
 
 def test_kept_row_numbers_stay_within_their_budget(reference, monkeypatch):
     monkeypatch.setattr("zotune.kernels.reference.Recent.BUDGET", 1000)
-    site = Site("w", (100, 70))  # 14 blocks: 224 bytes of row numbers
+    site = Site("w", (100, 70))  # 14 blocks: 448 bytes of row numbers
     expected = [anew(noise("normal", i), site) for i in range(20)]
     for _ in range(2):
         assert all(torch.equal(noise("normal", i).realise(site), z) for i, z in enumerate(expected))

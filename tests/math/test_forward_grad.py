@@ -147,7 +147,7 @@ def test_cost_declared():
 def test_an_engine_without_slopes_is_refused(monkeypatch):
     monkeypatch.setattr(Layerwise, "offers", frozenset())
     with pytest.raises(ConfigError, match="'forward_grad' needs slope, which engine 'layerwise' does not offer"):
-        ZO([("w", nn.Parameter(torch.zeros(3)))], "forward_grad")
+        ZO([("w", nn.Parameter(torch.zeros(3)))], "forward_grad", engine="layerwise")
 
 
 def test_eps_of_a_group_scales_the_direction():

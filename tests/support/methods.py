@@ -6,9 +6,24 @@
 import warnings
 from dataclasses import dataclass, field
 
+import torch
+
 from zotune.methods import make_method
 from zotune.optimizer import ZO
 from zotune.rules import RULES
+
+PER_EXAMPLE = {"grzo"}  # whose closures return a loss for each example
+
+
+class OfExamples(ZO):
+    """Makes the losses of three examples out of a closure's one."""
+
+    def query(self, closure):
+        def of_examples():
+            loss = torch.as_tensor(closure(), dtype=torch.float64)
+            return torch.stack([loss, loss / 2, loss / 4])
+
+        return super().query(of_examples)
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,7 @@ class Variant:
     def optimizer(self, case, engine="in_place", **settings):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return ZO(
+            return (OfExamples if self.method in PER_EXAMPLE else ZO)(
                 case.named, self.method, engine=engine, method_options=dict(self.options), rule=self.rule,
                 **{"lr": self.lr, "eps": 2.0**-7, "seed": 5, **settings},
             )  # fmt: skip
@@ -91,6 +106,8 @@ VARIANTS = [
     Variant("blockwise"),
     Variant("blockwise", {"update": "each", "level": "tensor"}),
     Variant("fzoo", lr=1e-5),
+    Variant("grzo", lr=1e-5),
+    Variant("grzo", {"normalise": False}, rule="momentum", lr=1e-4),
     Variant("forward_grad"),
     Variant("es"),
     Variant("es", {"source": "rademacher"}, rule="momentum"),

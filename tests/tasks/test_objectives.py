@@ -16,7 +16,7 @@ from zotune.objectives import (
     make_objective,
 )
 from zotune.tasks.catalogue import TASKS
-from zotune.tasks.encoding import encode_all
+from zotune.tasks.encoding import Encoded, encode_all
 from zotune.tasks.generation import Generator
 from zotune.tasks.metrics import f1
 from zotune.tasks.scoring import OptionScorer
@@ -76,6 +76,26 @@ def test_micro_batches_give_the_number_of_the_batch(name, make_gpt2, tokenizer):
 
 
 @torch.no_grad()
+def test_micro_batches_are_of_similar_length(make_gpt2):
+    lengths = [9, 2, 7, 3, 8, 1]
+    batch = [Encoded([5] * length, ([6], [7]), 0) for length in lengths]
+    objective, seen = parts_seen(OptionScorer(make_gpt2()))
+    closure_for(objective, batch, 2)()
+    assert seen == [[1, 2], [3, 7], [8, 9]]
+    seen.clear()
+    closure_for(objective, batch, None)()
+    assert seen == [lengths], "a batch that is not cut stays in its order"
+
+
+def parts_seen(scorer):
+    """The classification objective, and the prompts' lengths of each batch that it is asked for."""
+    objective, seen = OBJECTIVES["classification"](scorer), []
+    plain = objective.loss
+    objective.loss = lambda part: seen.append([len(example.prompt_ids) for example in part]) or plain(part)
+    return objective, seen
+
+
+@torch.no_grad()
 def test_language_model_loss_is_the_mean_over_tokens(model, tokenizer):
     objective, batch = parts("lm", model, tokenizer)
     nll = []
@@ -92,10 +112,11 @@ def test_language_model_loss_is_the_mean_over_tokens(model, tokenizer):
 
 @torch.no_grad()
 def test_classification_is_the_scorers_loss_bit_for_bit(model, tokenizer):
-    """Ledgers written before there were objectives must replay: the same operations in the same order."""
+    """Runs that began before there were objectives go on the same way: the same operations in the same order."""
     objective, batch = parts("classification", model, tokenizer)
     loss = OptionScorer(model).loss
     assert torch.equal(closure_for(objective, batch, None)(), loss(batch))
+    batch = sorted(batch, key=lambda example: example.length)
     whole = (loss(batch[:2]).double() * 2 + loss(batch[2:]).double() * 1) / torch.tensor(3.0, dtype=torch.float64)
     assert torch.equal(closure_for(objective, batch, 2)(), whole)
 

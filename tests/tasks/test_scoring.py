@@ -48,14 +48,15 @@ def test_scores_and_loss_equal_the_naive_ones(model, kind, request):
 @torch.no_grad()
 def test_shortcut_is_taken_and_equals_the_full_path(model, single_token_batch):
     scorer = OptionScorer(model)
-    head_inputs = []
-    handle = model.get_output_embeddings().register_forward_hook(lambda *call: head_inputs.append(call[1]))
+    asked, calls = [], []
+    model.get_output_embeddings().register_forward_hook(lambda *call: calls.append(call[1]))
+    scorer.token_scores.register_forward_hook(lambda *call: asked.append(call[1]))
     short = scorer.loss(single_token_batch)
-    assert not head_inputs, "the shortcut went through the whole output matrix"
+    assert not asked, "the shortcut went through the whole output matrix"
     scorer.option_rows = None
     full = scorer.loss(single_token_batch)
-    handle.remove()
-    assert [inputs[0].shape for inputs in head_inputs] == [(4, 32)], "one contiguous row per example"
+    assert [inputs[0][0].shape for inputs in asked] == [(4, 32)], "one contiguous row per example"
+    assert not calls, "a matrix of logits was made"
     torch.testing.assert_close(short, full, **FP32)
 
 
@@ -114,7 +115,8 @@ def test_weights_swapped_at_module_calls_take_effect(model, kind, request):
         module._parameters.update(module.__dict__.pop("kept"))
 
     before = scorer.loss(batch)
-    modules = [module for module in (*model.modules(), scorer.option_rows) if module._parameters]
+    asked = (*model.modules(), scorer.option_rows, scorer.token_scores)
+    modules = [module for module in asked if module._parameters]
     handles = [module.register_forward_pre_hook(swap) for module in modules]
     handles += [module.register_forward_hook(restore) for module in modules]
     swapped = scorer.loss(batch)

@@ -17,7 +17,7 @@ from zotune.rules import RULES, make_rule
 from zotune.tasks.catalogue import TASKS
 
 console = Console()
-NEEDS = {"slope": "a differentiable closure", "trial": "rule sgd or sign"}
+NEEDS = {"slope": "a differentiable closure", "examples": "a loss per example", "trial": "rule sgd or sign"}
 EXAMPLES: dict[str, dict[str, Any]] = {  # options that some methods cannot do without
     "pgap": {"horizon": 1000},
     "zo_finetuner": {"networks": "untrained"},
@@ -146,7 +146,7 @@ def show_methods() -> None:
     """One row per method, then one per rule."""
     table = Table(title="methods: how a gradient is estimated from losses")
     for heading in ("method", "paper", "forwards per step", "extra memory per trained parameter", "needs"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=heading == "method")
     for row in method_rows():
         table.add_row(*row)
     console.print(table)

@@ -3,20 +3,23 @@
 from zotune.core.errors import ConfigError
 from zotune.core.step import Engine, Method, Rule
 from zotune.core.weights import Weights
+from zotune.engines.batched import Auto, Batched
 from zotune.engines.in_place import InPlace
 from zotune.engines.layerwise import Layerwise
 
 ENGINES: dict[str, type] = {
     "layerwise": Layerwise,
     "in_place": InPlace,
+    "batched": Batched,
 }
+CHOICES: dict[str, type] = {"auto": Auto, **ENGINES}
 
 
 def make_engine(engine: str, weights: Weights, method: Method, rule: Rule) -> Engine:
-    """An engine by name. "auto" is layerwise: it works for every closure, since what hooks miss is perturbed in place."""
-    if engine != "auto" and engine not in ENGINES:
-        raise ConfigError(f"engine must be 'auto', {', '.join(map(repr, ENGINES))}; got {engine!r}.")
-    made: Engine = ENGINES["layerwise" if engine == "auto" else engine](weights)
+    """An engine by name. "auto" works for every closure: batched or layer by layer, by size; in place what hooks miss."""
+    if engine not in CHOICES:
+        raise ConfigError(f"engine must be {', '.join(map(repr, CHOICES))}; got {engine!r}.")
+    made: Engine = CHOICES[engine](weights)
     if "trial" in method.needs - rule.offers:
         raise ConfigError(
             f"Method {method.name!r} tries what the rule would do before it does it. Rule {rule.name!r} cannot be tried: it "

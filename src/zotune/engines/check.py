@@ -1,8 +1,11 @@
 """Do two engines give the same losses? Asked once, on a few small tensors, before the first step."""
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
+
+import torch
 
 from zotune.core.direction import Direction, Scaled
 from zotune.core.errors import EngineError
@@ -77,3 +80,25 @@ def _sample(weights: Weights, names: set[str]) -> list[str]:
             chosen.append(slot.site.name)
             budget -= slot.tensor.numel()
     return chosen
+
+
+def refuse_different_losses(ours: Sequence[float], theirs: Sequence[float], weights: Weights) -> None:
+    """Losses of several points, batched and layer by layer.
+
+    A forward of more rows sums its products in another order; 32 units of the weights' precision are allowed for that,
+    and a tenth of what the points differ by: a tensor that was left out or moved twice moves the losses by more.
+
+    Raises:
+        EngineError: they differ by more, or one is not a finite number where the other is.
+    """
+    unit = max(torch.finfo(slot.tensor.dtype).eps for slot in weights)
+    finite = [loss for loss in theirs if math.isfinite(loss)]
+    spread = max(finite) - min(finite) if finite else 0.0
+    for mine, other in zip(ours, theirs, strict=True):
+        if not math.isfinite(mine) and not math.isfinite(other):
+            continue
+        if not abs(mine - other) <= 0.1 * spread + 32 * max(unit, 1e-9) * (1 + abs(other)):
+            raise EngineError(
+                f"The batched forward gives the loss {mine!r} at a point where layer by layer gives {other!r}. "
+                "Use engine='layerwise' and report this model."
+            )

@@ -2,10 +2,11 @@
 
 A vocabulary-sized matrix is a fifth of a small model. An embedding needs only the rows of the tokens that are there; an
 output layer can be computed a few thousand rows at a time. Only exact `nn.Embedding` and `nn.Linear` are replaced,
-because a subclass may do something else.
+because a subclass may do something else, and modules that offer it (`InPieces`).
 """
 
 from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from zotune.core.site import Site
 
 # Gives the perturbed values of a part of the weight, in the weight's dtype: (part, shape) -> tensor.
 Perturbed = Callable[[Site, tuple[int, ...]], Tensor]
-Form = Callable[[nn.Module, Site, Perturbed, int, Tensor], Tensor]
+# Module, site of its weight, perturbed values, elements at once, the one input -> output
+Form = Callable[[nn.Module, Site, Perturbed, int, Any], Tensor]
 
 MIN_NUMEL = 1 << 22  # smaller weights are not worth cutting up
 
@@ -44,6 +46,25 @@ def linear_chunks(module: nn.Module, site: Site, perturbed: Perturbed, limit: in
     return out.view(*x.shape[:-1], module.out_features)
 
 
+@runtime_checkable
+class InPieces(Protocol):
+    """A module that offers to do its forward with products of runs of its weight's rows, computed by somebody else."""
+
+    def in_pieces(self, product: Callable[[Tensor, int, int], Tensor], asked: Any) -> Tensor:
+        """Its forward, with product(x, first, last) in the place of x @ weight[first:last].T."""
+        ...
+
+
+def row_products(module: nn.Module, site: Site, perturbed: Perturbed, limit: int, asked: Any) -> Tensor:
+    """A module with `in_pieces`: perturb and multiply as many rows as it asks for, which it uses up at once."""
+    assert isinstance(module, InPieces)
+
+    def product(x: Tensor, first: int, last: int) -> Tensor:
+        return F.linear(x, perturbed(site.row_range(first, last), (last - first, site.width)))
+
+    return module.in_pieces(product, asked)
+
+
 def form_for(module: nn.Module, site: Site) -> Form | None:
     """The replacement for a module's forward, if there is one and it is worth it."""
     weight = module._parameters.get("weight")
@@ -53,4 +74,4 @@ def form_for(module: nn.Module, site: Site) -> Form | None:
         return embedding_rows
     if type(module) is nn.Linear and site.numel >= MIN_NUMEL:
         return linear_chunks
-    return None
+    return row_products if isinstance(module, InPieces) else None

@@ -18,6 +18,7 @@ from zotune.core.errors import ClosureError
 from zotune.core.step import Closure
 from zotune.core.weights import Slot, Weights
 from zotune.engines.audit import ReadAudit
+from zotune.engines.examples import one_by_one
 from zotune.engines.forward_mode import ask_slope, attach, check_slope
 from zotune.engines.query import ask, check_here
 
@@ -26,7 +27,7 @@ class InPlace:
     """Writes perturbed values into the stored tensors during a query."""
 
     name: ClassVar[str] = "in_place"
-    offers: ClassVar[frozenset[str]] = frozenset({"slope"})
+    offers: ClassVar[frozenset[str]] = frozenset({"slope", "examples"})
     extra_memory: ClassVar[str] = "one copy of the trained tensors during a query"  # of a slope: their tangents
 
     def __init__(self, weights: Weights, reason: str = "asked for") -> None:
@@ -56,6 +57,10 @@ class InPlace:
             check_slope(self, direction, closure, seed, derivative)
             self._slope_checked = True
         return loss, derivative
+
+    def example_losses(self, points: Sequence[Direction], closure: Closure, seed: int) -> Tensor:
+        """The loss of each example at each point, by as many forwards as there are examples."""
+        return one_by_one(self, points, closure, seed)
 
     @contextmanager
     def along(self, direction: Direction, only: Collection[str] | None = None) -> Iterator[None]:

@@ -19,10 +19,10 @@ from functools import partial
 from types import MethodType
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_iter
+from torch.utils.hooks import RemovableHandle
 
 from zotune.core.context import as_losses
 from zotune.core.direction import HERE, Direction, Scalar
@@ -31,21 +31,25 @@ from zotune.core.step import Closure
 from zotune.core.weights import Slot, Weights
 from zotune.engines.audit import ReadAudit, memory_of
 from zotune.engines.check import compare_engines
+from zotune.engines.examples import one_by_one
 from zotune.engines.forms import MIN_NUMEL, Form, form_for
 from zotune.engines.forward_mode import ask_slope, check_slope, dual, probe_scale
 from zotune.engines.in_place import InPlace, refuse_standing_still
 from zotune.engines.query import ask, check_here
 from zotune.engines.scratch import Scratch
+from zotune.kernels.workspace import workspace
 
 Answer = TypeVar("Answer")
+IN_CACHE = 1 << 20  # elements of a piece on the CPU: written and multiplied before it leaves the cache
 Replaced = list[tuple[str, nn.Parameter, Tensor]]  # attribute, parameter, scratch
+Hooks = tuple[RemovableHandle, ...]
 
 
 class Layerwise:
     """Swaps perturbed scratch tensors into each module for the length of its forward."""
 
     name: ClassVar[str] = "layerwise"
-    offers: ClassVar[frozenset[str]] = frozenset({"slope"})
+    offers: ClassVar[frozenset[str]] = frozenset({"slope", "examples"})
     extra_memory: ClassVar[str] = "scratch for one module during a query"
 
     def __init__(self, weights: Weights) -> None:
@@ -58,6 +62,7 @@ class Layerwise:
         self.in_place = InPlace(weights, "for tensors that are read outside their module")
         self.direct: set[str] = set()  # sites that hooks do not reach: perturbed in place
         self._forms: list[tuple[nn.Module, Slot, Form]] = []
+        self._formed: dict[int, tuple[nn.Module, Slot]] = {}  # by module: whose forward is replaced for this point
         self._owned: dict[tuple[int, int], tuple[nn.Module, Slot]] = {}  # by module and parameter, from all looks
         self._owners: set[str] | None = None  # names of what is owned; None: look again before the next query
         self._leaks: set[str] = set()
@@ -70,6 +75,7 @@ class Layerwise:
         self._slope_checked = False
         self._audit: ReadAudit | None = None
         self._running: list[tuple[nn.Module, Replaced]] = []
+        self._hooks: Hooks = ()
         self._met: set[str] = set()
         self._scratch = Scratch()
 
@@ -105,6 +111,10 @@ class Layerwise:
             check_slope(self, direction, closure, seed, answer[1])
             self._slope_checked = True
         return answer
+
+    def example_losses(self, points: Sequence[Direction], closure: Closure, seed: int) -> Tensor:
+        """The loss of each example at each point, by as many forwards as there are examples."""
+        return one_by_one(self, points, closure, seed)
 
     def _wave(self, points: Sequence[Direction], closure: Closure, seed: int) -> list[float]:
         def loss(point: Direction) -> float:
@@ -148,8 +158,9 @@ class Layerwise:
                 self._install_forms()
                 yield
             finally:
-                for module, _, _ in self._forms:
+                for module, _ in self._formed.values():
                     vars(module).pop("forward", None)
+                self._formed = {}
                 for module, _ in reversed(self._running.copy()):  # only after an exception inside a hook
                     self._leave(module)
                 self._running.clear()
@@ -163,18 +174,28 @@ class Layerwise:
 
     @contextmanager
     def _hooked(self, enter: Callable[..., None]) -> Iterator[None]:
-        before = register_module_forward_pre_hook(enter)
-        after = register_module_forward_hook(self._leave, always_call=True)
+        self._hooks = self._register(enter)
         try:
             yield
         finally:
-            before.remove()
-            after.remove()
+            self._unregister()
+
+    def _register(self, enter: Callable[..., None]) -> Hooks:
+        return (
+            register_module_forward_pre_hook(enter),
+            register_module_forward_hook(self._leave, always_call=True),
+        )
+
+    def _unregister(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = ()
 
     def _enter(self, module: nn.Module, args: Any = ()) -> None:
         replaced: Replaced = []
         self._running.append((module, replaced))
-        if id(module) in self._modes and module.training not in self._modes[id(module)][1]:
+        looked = self._modes.get(id(module))
+        if looked is not None and module.training not in looked[1]:
             self._strange = True
         for attribute, parameter in module._parameters.items():
             slot = self.weights.by_tensor.get(id(parameter))
@@ -192,7 +213,8 @@ class Layerwise:
         _, replaced = self._running.pop()
         if not replaced:
             return
-        kept = {memory_of(t) for t in tree_iter(output) if isinstance(t, Tensor)}
+        outputs = (output,) if isinstance(output, Tensor) else tree_iter(output)
+        kept = {memory_of(t) for t in outputs if isinstance(t, Tensor)}
         for attribute, parameter, scratch in replaced:
             module._parameters[attribute] = parameter
             if not self._tangents and memory_of(scratch) not in kept:  # a module may hand out its weight itself
@@ -214,27 +236,37 @@ class Layerwise:
             self.weights.perturb(slot, part, self._point, out)
 
     def _has_form(self, module: nn.Module, slot: Slot) -> bool:
-        return any(module is other and slot is its for other, its, _ in self._forms)
+        return id(module) in self._formed and self._formed[id(module)][1] is slot
 
     def _install_forms(self) -> None:
-        limit = max(MIN_NUMEL, self.weights.numel // 100)
         for module, slot, form in self._forms:
             if not self._swaps(slot):
                 continue
+            limit = min(MIN_NUMEL, IN_CACHE) if slot.tensor.is_cpu else max(MIN_NUMEL, self.weights.numel // 100)
 
             def perturbed(part: Site, shape: tuple[int, ...], slot: Slot = slot) -> Tensor:
                 if self._tangents:
                     return dual(slot, part, shape, self._point)
-                out = torch.empty(shape, dtype=slot.tensor.dtype, device=slot.tensor.device)
+                out = workspace("piece", part.numel, slot.tensor.dtype, slot.tensor.device).view(shape)
                 self._fill(slot, part, out)
                 return out
 
             def forward(
-                module: nn.Module, input: Tensor, form: Form = form, slot: Slot = slot, perturbed: Any = perturbed
+                module: nn.Module,
+                input: Tensor,
+                form: Form = form,
+                slot: Slot = slot,
+                perturbed: Any = perturbed,
+                limit: int = limit,
             ) -> Tensor:
                 return form(module, slot.site, perturbed, limit, input)
 
-            module.forward = MethodType(forward, module)
+            self._replace_forward(module, slot, MethodType(forward, module))
+
+    def _replace_forward(self, module: nn.Module, slot: Slot, forward: Callable[..., Any]) -> None:
+        """Until the point is left; the module then reads the slot's stored tensor itself."""
+        self._formed[id(module)] = (module, slot)
+        vars(module)["forward"] = forward
 
     # ------------------------------------------------------------------------------------------------------------------
     # Looking at the model, once

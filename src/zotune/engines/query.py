@@ -13,8 +13,10 @@ from zotune.core.step import Closure
 from zotune.core.weights import Weights
 
 
-def ask(closure: Closure, weights: Weights, seed: int) -> float:
-    """The closure's loss at the weights as they are now, as a Python float. No graph is built.
+def ask(closure: Closure, weights: Weights, seed: int) -> Any:
+    """The closure's loss at the weights as they are now: a Python float, or a 0-d float64 tensor on a GPU. No graph is built.
+
+    The host does not wait for a GPU here: the forward passes of a wave are queued one after the other.
 
     Raises:
         ClosureError: the closure returned nothing, several elements, or something that is not a number.
@@ -25,6 +27,8 @@ def ask(closure: Closure, weights: Weights, seed: int) -> float:
     with torch.no_grad(), common_random_numbers(seed, weights.devices):
         answer = closure()
     torch.clear_autocast_cache()
+    if isinstance(answer, Tensor) and answer.device.type != "cpu" and answer.numel() == 1:
+        return answer.detach().to(torch.float64, copy=True).reshape(())  # a captured graph writes to one place always
     return as_number(answer)
 
 

@@ -15,7 +15,7 @@ class Recorded:
     """Gives back the losses of one step, in the order in which they were asked for."""
 
     name: ClassVar[str] = "recorded"
-    offers: ClassVar[frozenset[str]] = frozenset({"slope"})  # nothing is computed, so nothing is missing
+    offers: ClassVar[frozenset[str]] = frozenset({"slope", "examples"})  # nothing is computed, so nothing is missing
     extra_memory: ClassVar[str] = "none"
 
     def __init__(self, losses: Sequence[float], step: int) -> None:
@@ -31,6 +31,16 @@ class Recorded:
         """The loss and its derivative, as they were written down."""
         loss, derivative = self._take(2)
         return loss, derivative
+
+    def example_losses(self, points: Sequence[Direction], closure: Closure, seed: int) -> Tensor:
+        """All losses of the step: as many examples as they leave to each point."""
+        count, rest = divmod(len(self._losses), len(points))
+        if rest or not count:
+            raise LedgerError(
+                f"Step {self._step} asks for the losses of examples at {len(points)} points, and the ledger holds "
+                f"{len(self._losses)} losses. Was it written with other method options?"
+            )
+        return as_losses(self._take(count * len(points))).view(len(points), count)
 
     def _take(self, count: int) -> list[float]:
         if count > len(self._losses):

@@ -2,7 +2,7 @@
 
 Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Four 32-bit counter words and two
 32-bit key words give four 32-bit output words; there is no state, so any element can be drawn in any order on any
-device. The same function is written twice because the arrays differ: numpy on the CPU (in place, cache-sized), torch
+device. The same function is written twice because the arrays differ: numpy on the CPU (in cache-sized pieces), torch
 integer arithmetic everywhere else. Tests hold both to the published known answers and to each other.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 Words = tuple[int, int]
 U64 = NDArray[np.uint64]
+U32 = NDArray[np.uint32]
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -30,23 +31,19 @@ def round_keys(key: Words) -> list[Words]:
 
 
 def philox_numpy(counter: tuple[U64, U64, U64, U64], key: Words) -> tuple[U64, U64, U64, U64]:
-    """Ten rounds on four equally long uint64 arrays holding 32-bit words. The inputs are overwritten."""
-    c0, c1, c2, c3 = counter
-    p0, p1 = np.empty_like(c0), np.empty_like(c0)
-    m0, m1 = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])
+    """Ten rounds on four equally long uint64 arrays holding 32-bit words."""
+    # Words 0 and 2 are multiplied, 1 and 3 are not: two rows of an array each, because a call costs more than its numbers.
+    even, odd = np.stack((counter[0], counter[2])), np.stack((counter[1], counter[3]))
+    product = np.empty_like(even)
+    factors = np.array(MULTIPLIERS, dtype=np.uint64)[:, None]
     shift, mask = np.uint64(32), np.uint64(MASK)
-    for k0, k1 in round_keys(key):
-        np.multiply(c0, m0, out=p0)
-        np.multiply(c2, m1, out=p1)
-        np.right_shift(p1, shift, out=c0)
-        c0 ^= c1
-        c0 ^= np.uint64(k0)
-        np.right_shift(p0, shift, out=c2)
-        c2 ^= c3
-        c2 ^= np.uint64(k1)
-        np.bitwise_and(p1, mask, out=c1)
-        np.bitwise_and(p0, mask, out=c3)
-    return c0, c1, c2, c3
+    for keys in round_keys(key):
+        np.multiply(even, factors, out=product)
+        np.right_shift(product[::-1], shift, out=even)
+        even ^= odd
+        even ^= np.array(keys, dtype=np.uint64)[:, None]
+        np.bitwise_and(product[::-1], mask, out=odd)
+    return even[0], odd[0], even[1], odd[1]
 
 
 def philox_torch(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Words) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -83,16 +80,16 @@ def words(key: Words, site: int, blocks: Tensor) -> Tensor:
     if blocks.device.type != "cpu":
         counter = (blocks & MASK, blocks >> 32, torch.full_like(blocks, low), torch.full_like(blocks, high))
         return torch.stack(philox_torch(counter, key), dim=1)
-    flat = blocks.numpy().astype(np.uint64)
-    out = np.empty((flat.size, 4), dtype=np.uint64)
-    for start in range(0, flat.size, _NUMPY_CHUNK):
-        part = flat[start : start + _NUMPY_CHUNK]
-        counter_np = (
-            part & np.uint64(MASK),
-            part >> np.uint64(32),
-            np.full_like(part, np.uint64(low)),
-            np.full_like(part, np.uint64(high)),
-        )
-        for lane, values in enumerate(philox_numpy(counter_np, key)):
+    return torch.from_numpy(words32(key, site, blocks.numpy().astype(np.uint64)).astype(np.int64))
+
+
+def words32(key: Words, site: int, blocks: U64) -> U32:
+    """`words` as numpy arrays: (n,) block numbers -> (n, 4) little-endian 32-bit words, whose bytes are the random bytes."""
+    low, high = np.uint64(site & MASK), np.uint64((site >> 32) & MASK)
+    out = np.empty((blocks.size, 4), dtype="<u4")
+    for start in range(0, blocks.size, _NUMPY_CHUNK):
+        part = blocks[start : start + _NUMPY_CHUNK]
+        counter = (part & np.uint64(MASK), part >> np.uint64(32), np.full_like(part, low), np.full_like(part, high))
+        for lane, values in enumerate(philox_numpy(counter, key)):
             out[start : start + part.size, lane] = values
-    return torch.from_numpy(out.view(np.int64))
+    return out

@@ -8,13 +8,14 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from zotune.kernels.codebook import INDEX_BITS, WIDTH, scaled_rows
 from zotune.kernels.composed import Composed, Sums
 from zotune.kernels.contract import Run, Term
-from zotune.kernels.philox import Words, words
+from zotune.kernels.philox import Words, words, words32
 from zotune.kernels.workspace import workspace
 
 FEW = 1 << 14  # fewer numbers than this are scaled after they are gathered: the codebook has 16 times as many
@@ -42,17 +43,20 @@ TABLES = {
 
 
 def row_numbers(table: Table, key: Words, site: int, blocks: Tensor) -> Tensor:
-    """(b,) block numbers -> (b * rows_per_block,) int16 row numbers."""
-    mask, shift = (1 << table.bits) - 1, 32 // table.lanes
-    made = words(key, site, blocks)
-    lanes = [((made >> (shift * lane)) & mask).to(torch.int16) for lane in range(table.lanes)]
+    """(b,) block numbers -> (b * rows_per_block,) int32 row numbers."""
+    mask = (1 << table.bits) - 1
+    if blocks.device.type == "cpu":  # the words in memory are the lanes, the lowest first
+        made = words32(key, site, blocks.numpy().astype(np.uint64)).view(f"<u{4 // table.lanes}")
+        return torch.from_numpy((made & mask).astype(np.int32)).view(-1)
+    drawn, shift = words(key, site, blocks), 32 // table.lanes
+    lanes = [((drawn >> (shift * lane)) & mask).to(torch.int32) for lane in range(table.lanes)]
     return torch.stack(lanes, dim=2).view(-1)
 
 
 class Recent:
     """Row numbers made lately. A step draws each stream for both sides and the update; Philox is paid once.
 
-    Two bytes for 64 numbers of noise, and never more than BUDGET in all.
+    Four bytes for 64 numbers of noise, and never more than BUDGET in all.
     """
 
     BUDGET = 32 << 20  # bytes
@@ -118,7 +122,7 @@ def _run(like: Tensor, run: Run, term: Term) -> Sums:
     table, few = TABLES[term.book], run.count < FEW
     width, block = table.width, table.width * table.rows_per_block
     first, last = run.start // block, -(-(run.start + run.count) // block)
-    index = recent().row_numbers(table, term.key, run.site, first, last, like.device).to(torch.int32)
+    index = recent().row_numbers(table, term.key, run.site, first, last, like.device)
     rows = scaled_rows(table.book, 1.0 if few else term.scale, like.dtype, like.device)
     skip = run.start - first * block  # elements of the first block that lie before the run
 
@@ -142,7 +146,7 @@ def _rows(like: Tensor, run: Run, term: Term) -> Sums:
     cover = width // unit if width % unit == 0 else (width - 1) // unit + 2  # units that a row can touch
     units = ((first // unit)[:, None] + torch.arange(cover, device=device)).view(-1)  # (k * cover,)
     named = row_numbers(table, term.key, run.site, units // table.rows_per_block).view(-1, table.rows_per_block)
-    index = named.gather(1, (units % table.rows_per_block)[:, None])[:, 0].to(torch.int32)
+    index = named.gather(1, (units % table.rows_per_block)[:, None])[:, 0]
     rows = scaled_rows(table.book, term.scale, like.dtype, device)
 
     def made(offset: int, count: int) -> Tensor:

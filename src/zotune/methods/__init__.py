@@ -11,6 +11,7 @@ from zotune.methods.conservative import Conservative
 from zotune.methods.es import ES
 from zotune.methods.forward_grad import ForwardGrad
 from zotune.methods.fzoo import FZOO
+from zotune.methods.grzo import GRZO
 from zotune.methods.jaguar import Jaguar
 from zotune.methods.kerzoo import KerZOO
 from zotune.methods.ldsd import LDSD
@@ -34,6 +35,7 @@ METHODS: dict[str, type] = {
     "lozo": LOZO,
     "es": ES,
     "fzoo": FZOO,
+    "grzo": GRZO,
     "jaguar": Jaguar,
     "forward_grad": ForwardGrad,
     "conservative": Conservative,

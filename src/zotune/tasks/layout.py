@@ -7,11 +7,13 @@ are looked up once.
 
 Rows are padded on the right. In a causal model a token sees only what is before it, so no token of an example ever
 sees padding: no attention mask is needed (the fast attention path stays open), positions count from 0 as the model
-does by itself, and what an example gets does not depend on its neighbours in the batch.
+does by itself, and what an example gets does not depend on its neighbours in the batch. `packed` has a layout without
+padding and with each prompt once, for models that heed a mask.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ from zotune.core.errors import DataError
 from zotune.tasks.encoding import Encoded
 
 Tokens = tuple[int, ...]
+Place = Callable[[int, Tokens, int], tuple[int, int]]
+"""Example, what is fed of an option, tokens of it that are done -> row and position that predict the next token."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,12 @@ class Layout:
     token_query: Tensor  # (T,) int64, the query that predicts each option token
     token_id: Tensor  # (T,) int64, the option token
     token_option: Tensor  # (T,) int64, the option it belongs to, as example * K + option
-    token_weight: Tensor  # (T,) fp32, 1 / number of tokens of that option
+    token_weight: Tensor  # (T,) fp64, 1 / number of tokens of that option
     present: Tensor  # (B, K) bool, False where an example has fewer options than K
     labels: Tensor  # (B,) int64
     single: bool  # every option is one token; then Q = B, one query per example and in their order
+    position_ids: Tensor | None = None  # (R, S) int64; None: each row counts from 0
+    ends: Tensor | None = None  # (R, S) int64: token i of a row sees token j if j <= i < ends[j]; None: if j <= i
 
 
 def lay_out(batch: Sequence[Encoded], pad_id: int) -> Layout:
@@ -48,25 +54,31 @@ def lay_out(batch: Sequence[Encoded], pad_id: int) -> Layout:
     Raises:
         DataError: the batch is empty, or an example has no prompt, an empty option, or a label without an option.
     """
-    if not batch:
-        raise DataError("the batch is empty; at least one example is needed.")
+    check_batch(batch)
+    tails = [_tails(example) for example in batch]
+    rows = [[*example.prompt_ids, *tail] for example, own in zip(batch, tails, strict=True) for tail in own]
+    first_rows = list(accumulate(map(len, tails), initial=0))
+
+    def place(number: int, fed: Tokens, done: int) -> tuple[int, int]:
+        row = next(row for row, tail in enumerate(tails[number]) if tail[: len(fed)] == fed)
+        return first_rows[number] + row, len(batch[number].prompt_ids) + done - 1
+
+    return index_tokens(batch, _pad(rows, pad_id), place)
+
+
+def index_tokens(batch: Sequence[Encoded], input_ids: Tensor, place: Place) -> Layout:
+    """Number the queries of a batch whose rows are laid out already: one for each beginning of an example's options."""
     width = max(len(example.option_ids) for example in batch)
-    rows: list[list[int]] = []
     queries: list[tuple[int, int]] = []
     token_query, token_id, token_option, token_weight = [], [], [], []
     for number, example in enumerate(batch):
-        _check(example, number)
-        tails = _tails(example)
-        first_row = len(rows)
-        rows.extend([*example.prompt_ids, *tail] for tail in tails)
         seen: dict[Tokens, int] = {}  # what was said of an option so far -> the query that predicts the next token
         for choice, option in enumerate(example.option_ids):
             fed = tuple(option[:-1])
-            row = first_row + next(i for i, tail in enumerate(tails) if tail[: len(fed)] == fed)
             for done, token in enumerate(option):
                 if fed[:done] not in seen:
                     seen[fed[:done]] = len(queries)
-                    queries.append((row, len(example.prompt_ids) + done - 1))
+                    queries.append(place(number, fed, done))
                 token_query.append(seen[fed[:done]])
                 token_id.append(token)
                 token_option.append(number * width + choice)
@@ -74,17 +86,25 @@ def lay_out(batch: Sequence[Encoded], pad_id: int) -> Layout:
     places = torch.tensor(queries)
     present = [[choice < len(example.option_ids) for choice in range(width)] for example in batch]
     return Layout(
-        input_ids=_pad(rows, pad_id),
+        input_ids=input_ids,
         query_row=places[:, 0],
         query_position=places[:, 1],
         token_query=torch.tensor(token_query),
         token_id=torch.tensor(token_id),
         token_option=torch.tensor(token_option),
-        token_weight=torch.tensor(token_weight),
+        token_weight=torch.tensor(token_weight, dtype=torch.float64),
         present=torch.tensor(present),
         labels=torch.tensor([example.label for example in batch]),
         single=all(len(option) == 1 for example in batch for option in example.option_ids),
     )
+
+
+def check_batch(batch: Sequence[Encoded]) -> None:
+    """Raise a DataError unless there are examples, each with a prompt, options and a label among them."""
+    if not batch:
+        raise DataError("the batch is empty; at least one example is needed.")
+    for number, example in enumerate(batch):
+        _check(example, number)
 
 
 def count_rows(example: Encoded) -> int:

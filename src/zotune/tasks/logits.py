@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from zotune.core.errors import ModelError
+from zotune.tasks.head import TokenLogProbability, wide
 from zotune.tasks.layout import Layout
+from zotune.tasks.packed import visible
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 """Settings of a model's configuration by which its logits are not simply the head's output."""
@@ -46,8 +48,13 @@ class BodyAndHead:
 
     def hidden(self, layout: Layout, device: torch.device) -> Tensor:
         """Return the last hidden states (Q, d) at the layout's queries."""
+        extra: dict[str, Tensor] = {}
+        if layout.ends is not None and layout.position_ids is not None:
+            dtype = next(self.body.parameters()).dtype
+            extra["attention_mask"] = visible(layout.ends.to(device), dtype)
+            extra["position_ids"] = layout.position_ids.to(device)
         with lowered(device, self.autocast):
-            states = _body_states(self.body, layout.input_ids.to(device))
+            states = _body_states(self.body, layout.input_ids.to(device), **extra)
         # a gathered copy: a strided slice takes a batched matrix path in the head, at ten times the cost of all logits
         return states[layout.query_row.to(states.device), layout.query_position.to(states.device)]
 
@@ -159,6 +166,21 @@ def shared_rows(source: LogitSource, device: torch.device) -> tuple[nn.Embedding
     return rows, "only the options' rows of the head: the normaliser cancels between options of one token"
 
 
+def head_in_pieces(source: LogitSource, device: torch.device) -> TokenLogProbability | None:
+    """Return what gives log-probabilities without the matrix of logits, if the head is a linear map and no more."""
+    head = source.head if isinstance(source, BodyAndHead) else None
+    if type(head) is not nn.Linear or head.weight.is_meta or hasattr(head, "_hf_hook"):
+        return None  # see `shared_rows`
+    made = TokenLogProbability(head)
+    states = torch.linspace(-1, 1, 2 * head.in_features, device=device).view(2, -1).to(head.weight.dtype)
+    query, token = (torch.tensor(numbers, device=device) for numbers in ([0, 1, 1], [0, 3, head.out_features - 1]))
+    full = _detached(lambda: head(states))
+    few = _detached(lambda: made((states, query, token)))
+    predicted = wide(full).log_softmax(-1)[query, token]
+    size = float(full.abs().max()) + float(predicted.abs().max())
+    return made if (predicted - few).abs().max() <= 4 * torch.finfo(full.dtype).eps * size else None
+
+
 def lowered(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[object]:
     """Autocast, if asked for. Its cache of cast weights is off: weights move between two calls of a closure."""
     if autocast is None:
@@ -166,8 +188,8 @@ def lowered(device: torch.device, autocast: torch.dtype | None) -> AbstractConte
     return torch.autocast(device.type, autocast, cache_enabled=False)
 
 
-def _body_states(body: nn.Module, ids: Tensor) -> Tensor:
-    states: Tensor = body(input_ids=ids, use_cache=False).last_hidden_state
+def _body_states(body: nn.Module, ids: Tensor, **extra: Tensor) -> Tensor:
+    states: Tensor = body(input_ids=ids, use_cache=False, **extra).last_hidden_state
     return states
 
 

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from zotune.core.errors import ConfigError, DataError
 from zotune.tasks.encoding import Encoded
+from zotune.tasks.head import wide
 from zotune.tasks.layout import Layout, lay_out
-from zotune.tasks.logits import BodyAndHead, find_logit_source, shared_rows
+from zotune.tasks.logits import BodyAndHead, find_logit_source, head_in_pieces, shared_rows
+from zotune.tasks.packed import LEAST_SAVING, dropout_is_on, pack, packed_size
+from zotune.tasks.packing_trial import longest_packed
 
 
 class OptionScorer:
@@ -27,8 +30,10 @@ class OptionScorer:
         source: answers with logits.
         source_reason: how the model is asked for logits, and why.
         loss_reason: whether ``loss`` skips the full logits for options of one token, and why.
-        option_rows: the module through which it does, which shares the Parameter of the head; or None. It is not a
-            submodule of the model: an engine that changes weights at module calls must know it.
+        layout_reason: whether prompts are fed once for all options, and why.
+        option_rows: the module through which `loss` looks up rows of the head, whose Parameter it shares; or None.
+        token_scores: the module through which log-probabilities are computed without the matrix of logits; or None.
+            Neither is a submodule of the model: an engine that changes weights at module calls must know them.
     """
 
     def __init__(self, model: nn.Module, *, pad_id: int | None = None, autocast: torch.dtype | None = None) -> None:
@@ -51,6 +56,8 @@ class OptionScorer:
         self.autocast = autocast
         self.source, self.source_reason = find_logit_source(model, self.device, autocast)
         self.option_rows, self.loss_reason = shared_rows(self.source, self.device)
+        self.token_scores = head_in_pieces(self.source, self.device)
+        self._longest_packed, self.layout_reason = longest_packed(self.source, self.device)
         self._longest = context_of(model)
 
     @property
@@ -64,8 +71,8 @@ class OptionScorer:
         Raises:
             DataError: the batch is empty, malformed, or longer than the model can read.
         """
-        layout = self.lay_out(batch)
-        return mean_per_option(_log_probabilities(self.source.logits(layout, self.device), layout), layout)
+        layout = self.arrange(batch)
+        return mean_per_option(self._log_probabilities(layout), layout)
 
     def sums(self, batch: Sequence[Encoded]) -> Tensor:
         """Return the log-probability of each option as a whole: (B, K), -inf where there are fewer than K options.
@@ -73,8 +80,8 @@ class OptionScorer:
         Raises:
             DataError: the batch is empty, malformed, or longer than the model can read.
         """
-        layout = self.lay_out(batch)
-        return _per_option(_log_probabilities(self.source.logits(layout, self.device), layout), layout)
+        layout = self.arrange(batch)
+        return _per_option(self._log_probabilities(layout), layout)
 
     def loss(self, batch: Sequence[Encoded]) -> Tensor:
         """Return the mean over examples of the cross entropy of the right option under softmax(scores): a scalar.
@@ -83,7 +90,7 @@ class OptionScorer:
             DataError: the batch is empty, malformed, or longer than the model can read.
         """
         if self.option_rows is not None and all(len(option) == 1 for example in batch for option in example.option_ids):
-            layout = self.lay_out(batch)
+            layout = self.arrange(batch)
             scores = self._relative_scores(layout, self.option_rows)
             labels = layout.labels
         else:
@@ -103,8 +110,34 @@ class OptionScorer:
         scores = picked.new_full(layout.present.shape, -torch.inf)
         return scores.masked_scatter(layout.present.to(logits.device), picked)
 
+    def _log_probabilities(self, layout: Layout) -> Tensor:
+        """Log-probability (T,) of each option token after what is before it."""
+        if self.token_scores is None:
+            return _of_logits(self.source.logits(layout, self.device), layout)
+        assert isinstance(self.source, BodyAndHead)
+        hidden = self.source.hidden(layout, self.device).to(self.token_scores.weight.dtype)  # (Q, d)
+        found: Tensor = self.token_scores(
+            (hidden, layout.token_query.to(hidden.device), layout.token_id.to(hidden.device))
+        )
+        return found
+
+    def arrange(self, batch: Sequence[Encoded]) -> Layout:
+        """Lay out a batch in whichever way feeds fewer tokens: a count decides, so a batch always lies the same way.
+
+        Raises:
+            DataError: the batch is empty, malformed, or longer than the model can read.
+        """
+        layout = self.lay_out(batch)
+        if len(layout.input_ids) == 1 or self._longest_packed == 0:
+            return layout
+        rows, length = packed_size(batch)
+        if length > self._longest_packed or rows * length > (1 - LEAST_SAVING) * layout.input_ids.numel():
+            return layout
+        # a row for each option draws other dropout masks than a prompt that is fed once
+        return layout if dropout_is_on(self.model) else pack(batch, self.pad_id)
+
     def lay_out(self, batch: Sequence[Encoded]) -> Layout:
-        """Lay out a batch that the model can read."""
+        """Lay out a batch that the model can read, in rows."""
         layout = lay_out(batch, self.pad_id)
         if self._longest is not None and layout.input_ids.shape[1] > self._longest:
             raise DataError(
@@ -119,7 +152,7 @@ def mean_per_option(log_probability: Tensor, layout: Layout) -> Tensor:
     return _per_option(log_probability * layout.token_weight.to(log_probability), layout)
 
 
-def _log_probabilities(logits: Tensor, layout: Layout) -> Tensor:
+def _of_logits(logits: Tensor, layout: Layout) -> Tensor:
     """Log-probability (T,) of each option token after what is before it."""
     logits = wide(logits)  # (Q, V)
     query = layout.token_query.to(logits.device)
@@ -138,8 +171,3 @@ def context_of(model: nn.Module) -> int | None:
     adapter: Any = getattr(model, "active_peft_config", None)
     virtual = adapter.num_virtual_tokens if getattr(adapter, "is_prompt_learning", False) else 0
     return None if longest is None else longest - int(virtual)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """At least fp32: what follows takes differences of large numbers."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

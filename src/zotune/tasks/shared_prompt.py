@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from zotune.tasks.encoding import Encoded
+from zotune.tasks.head import wide
 from zotune.tasks.layout import Layout, count_rows
-from zotune.tasks.scoring import OptionScorer, mean_per_option, wide
+from zotune.tasks.scoring import OptionScorer, mean_per_option
 
 WORTHWHILE = 256
 """Tokens that must be saved for an example to go by itself."""

@@ -1,0 +1,198 @@
+"""The batched engine: both signs of a pair, and several directions, in one forward with as many copies of the batch.
+
+A closure returns one number, so copies cannot be told apart behind the loss. Therefore the *body* of the model (see
+`engines.batched_look`) is recorded and served: the closure is called once for each point, as always; when it first calls
+the body, the body runs for several points together, and the closure gets the first point's share of what comes out; the
+closure's next calls get the other shares, if they ask the body the same. What lies behind the body (output layer, loss)
+runs once per point, layer by layer. Attention, norms and activations are shared by the copies; a pair's matrices are made
+from one draw of noise; low-rank points need no perturbed matrix at all, neither in the body nor behind it.
+
+Where this cannot be done, the wave or the call is answered layer by layer, and `reason` says why. "auto" also chooses by
+size: many tokens fill the machine as they are, and copies would only hold more activations.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import MethodType
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zotune.core.direction import Direction
+from zotune.core.errors import EngineError
+from zotune.core.step import Closure
+from zotune.core.weights import Weights
+from zotune.engines.batched_calls import Unsuited
+from zotune.engines.batched_examples import ExampleRows
+from zotune.engines.batched_look import Watch, find_body
+from zotune.engines.batched_low_rank import ThinProducts, thin_terms
+from zotune.engines.batched_serving import Served
+from zotune.engines.check import refuse_different_losses
+from zotune.engines.layerwise import Layerwise
+from zotune.engines.query import ask
+
+
+class Batched(Layerwise):
+    """Several points in one forward of the model's body; layer by layer where that cannot be."""
+
+    name: ClassVar[str] = "batched"
+    extra_memory: ClassVar[str] = (
+        "activations of the points that share a forward, scratch for two modules during a query"
+    )
+    by_size: ClassVar[bool] = False  # whether to batch is decided by the size of the batch
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__(weights)
+        self.served: Served | None = None
+        self._searched = False  # for a body
+        self._found = self.reason  # what hooks reach
+        self._ran_in: list[tuple[nn.Module, bool]] = []  # modules, and their modes before the search
+        self._sides: dict[int, ThinProducts] = {}  # of low-rank points behind the body, by module
+        self._examples = ExampleRows(self, self.by_size)
+        self._thin_forms = False  # inside a wave whose low-rank points are evaluated on activations
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Answering
+
+    def example_losses(self, points: Sequence[Direction], closure: Closure, seed: int) -> Tensor:
+        """The loss of each example at each point, with one more product in each layer for all of them."""
+        return self._examples.losses(points, closure, seed)
+
+    def _wave(self, points: Sequence[Direction], closure: Closure, seed: int) -> list[float]:
+        if not any(self._moves(point) for point in points):
+            return super()._wave(points, closure, seed)
+        answers = self._shared_wave(points, closure, seed)
+        if self.served is not None and self.served.moved_on:  # look at the model as it runs now, and ask again
+            self.check_forwards += len(answers)
+            self._searched = False
+            answers = self._shared_wave(points, closure, seed)
+        if self.served is not None:
+            self._say(self.served.said)
+        return answers
+
+    def _shared_wave(self, points: Sequence[Direction], closure: Closure, seed: int) -> list[float]:
+        if not self._searched or any(module.training is not mode for module, mode in self._ran_in):
+            self._search(closure, seed)
+        if self.served is None or self.served.broken:
+            return super()._wave(points, closure, seed)
+        served, answers = self.served, []
+        with served.serving(points), self._low_rank_on_activations():
+            for number, point in enumerate(points):
+                served.turn(number)
+                answers += super()._wave([point], closure, seed)
+        self.check_forwards += served.check_forwards
+        served.check_forwards = 0
+        if served.together and not served.sure and not served.broken and not self._strange:
+            return self._compare(served, answers, points, closure, seed)
+        return answers
+
+    def _compare(
+        self, served: Served, answers: list[float], points: Sequence[Direction], closure: Closure, seed: int
+    ) -> list[float]:
+        """The first batched answers against those layer by layer. Returns the ones that hold."""
+        if self.compares:
+            expected = super()._wave(points, closure, seed)
+            self.check_forwards += len(points)
+            try:
+                refuse_different_losses(answers, expected, self.weights)
+            except EngineError as error:
+                if not self.by_size:
+                    raise
+                served.broken = f"not batched: {error}"
+                served.said = served.broken
+                return expected
+        served.sure = True
+        return answers
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Looking at the model
+
+    def _look(self, point: Direction | None, closure: Closure, seed: int) -> None:
+        super()._look(point, closure, seed)
+        self._searched, self._found = False, self.reason
+
+    def _search(self, closure: Closure, seed: int) -> None:
+        """One forward at the current weights: which part of the model can answer for several points?"""
+        self.served, self._ran_in = None, []
+        try:
+            if self.direct:
+                raise Unsuited("tensors are read outside their module")
+            watch = Watch(self.weights.devices)
+            before = {id(module): module.training for module, _ in self._modes.values()}
+            with watch.watching():
+                ask(closure, self.weights, seed)
+            self.check_forwards += 1
+            self._ran_in = [(module, before[id(module)]) for module, _ in self._modes.values()]
+            body = find_body(watch.calls, self.weights)
+            self.served = Served(body, self.weights, self.by_size, self._unhooked, self._in_another_mode)
+        except Unsuited as error:
+            self._say(f"not batched: {error}")
+        self._searched = True
+
+    def _say(self, text: str) -> None:
+        self.reason = f"{text}; {self._found}"
+
+    def _in_another_mode(self) -> bool:
+        """Hooks are off inside the body: whether its modules run in modes that were looked at is asked before."""
+        called = () if self.served is None else self.served.body.rows
+        for number in called:
+            module, modes = self._modes.get(number, (None, ()))
+            if module is not None and module.training not in modes:
+                self._strange = True
+        return self._strange
+
+    @contextmanager
+    def _unhooked(self) -> Iterator[None]:
+        """Nothing is swapped inside the block."""
+        hooked = bool(self._hooks)
+        self._unregister()
+        try:
+            yield
+        finally:
+            if hooked:
+                self._hooks = self._register(self._enter)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Low-rank points behind the body
+
+    @contextmanager
+    def _low_rank_on_activations(self) -> Iterator[None]:
+        self._thin_forms = True
+        try:
+            yield
+        finally:
+            self._thin_forms = False
+
+    def _install_forms(self) -> None:
+        super()._install_forms()
+        if not self._thin_forms or self.served is None:
+            return
+        inside = {id(module) for module in self.served.body.inside}
+        for module, slot in self._owned.values():
+            if id(module) in inside or type(module) is not nn.Linear or module._parameters["weight"] is not slot.tensor:
+                continue
+            if "forward" in vars(module) and id(module) not in self._formed:
+                continue
+            thin = thin_terms([self._point], slot.site, transposed=False) if self._swaps(slot) else None
+            if thin is not None:
+                sides = self._sides.setdefault(id(module), ThinProducts())
+                sides.ready(thin, 0, 1, slot.tensor, {})
+                self._replace_forward(module, slot, MethodType(_thin_forward(sides), module))
+
+
+def _thin_forward(sides: ThinProducts) -> Callable[[nn.Linear, Tensor], Tensor]:
+    def forward(module: nn.Linear, input: Tensor) -> Tensor:
+        rows = input.reshape(-1, input.shape[-1])
+        made = F.linear(rows, module.weight, module.bias)
+        sides.add(made, rows)
+        return made.view(*input.shape[:-1], made.shape[-1])
+
+    return forward
+
+
+class Auto(Batched):
+    """Batched where that costs less, else layer by layer: decided by the size of the batch, never by a clock."""
+
+    name: ClassVar[str] = "auto"
+    by_size: ClassVar[bool] = True

@@ -1,0 +1,229 @@
+"""Forwards that answer for several points at once: what a trained module does with C copies of its rows.
+
+A forward is put into the module for the length of one call of the body. Here is what any module can do: run copy by copy;
+or with one row of its vectors per example, where the module is so written that this gives the same bits. Embeddings and
+linear layers are in `engines.batched_layers`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_unflatten
+
+from zotune.core.direction import Direction
+from zotune.core.site import Site
+from zotune.core.weights import Slot, Weights
+from zotune.engines.batched_calls import Answer, Unsuited, flatten, unflatten
+
+SHARED = "shared"
+AT_ONCE = 2  # scratch copies of a matrix: both signs of a pair
+
+
+@dataclass
+class Wave:
+    """The points that a forward answers for, and how many rows each of them has."""
+
+    weights: Weights
+    points: Sequence[Direction] = ()  # of the whole wave
+    first: int = 0  # points first ... last - 1 share the forward
+    last: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)  # rows of one copy: "examples" and "tokens"
+    looking: bool = False  # the same rows as when the model was looked at
+    columns: dict[Any, Tensor] = field(default_factory=dict)  # scales of low-rank terms, the same for many matrices
+    input: Tensor | None = None  # of the last linear layer; the layers that follow may share it
+    version: int = 0  # how often it had been written to
+    products: dict[int, Tensor] | None = None  # thin products with it, of each of these layers
+    leader: Any = None  # the first of them
+
+    def forget(self) -> None:
+        """Hold no activations."""
+        self.input = self.products = self.leader = None
+
+    @property
+    def copies(self) -> int:
+        """C."""
+        return self.last - self.first
+
+
+@dataclass
+class Copied:
+    """The forward of one trained module for C copies. This class runs any module, copy by copy."""
+
+    module: nn.Module
+    slots: dict[str, Slot]  # its trained tensors, by attribute
+    wave: Wave
+    seen: list[int]  # rows in each call when the model was looked at
+    ran: int = 0  # calls in the present forward
+    each: str | None = None  # what its rows are: "examples", "tokens", or the same for all copies; None: not known yet
+    way: str | None = None  # how the copies are made: "rows" or "copies"; None before it is known
+    moved: dict[str, list[bool]] = field(default_factory=dict)  # by attribute: which points of the wave move it
+    moves: set[str] = field(default_factory=set)  # what the points of the present forward move
+    vectors: dict[str, Tensor] = field(default_factory=dict)  # (C, width) values that were made ahead
+
+    @property
+    def plain(self) -> Any:
+        """The module's own forward."""
+        return type(self.module).forward.__get__(self.module)
+
+    def prepare(self) -> None:
+        """A new wave: which points move what?"""
+        points = self.wave.points
+        self.moved = {a: [point.touches(slot.site) for point in points] for a, slot in self.slots.items()}
+
+    def ready(self) -> None:
+        """A new forward. What is small is made ahead, for all modules in a row: the code that does it stays in the cache."""
+        wave, self.ran = self.wave, 0
+        self.moves = {a for a, moved in self.moved.items() if True in moved[wave.first : wave.last]}
+        if self.makes_vectors:
+            for attribute in self.moves:
+                slot = self.slots[attribute]
+                if slot.tensor.dim() == 1:
+                    self.vectors[attribute] = self.values(attribute, slot.site, (slot.site.numel,))
+
+    @property
+    def makes_vectors(self) -> bool:
+        """Whether vectors are needed as (C, width)."""
+        return self.way == "rows"
+
+    def done(self) -> None:
+        """The forward is over."""
+        self.vectors.clear()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer for all copies, or as always if no point moves this module."""
+        first = args[0] if args else None
+        if not isinstance(first, Tensor):
+            first = next((leaf for leaf in flatten(args, kwargs)[0] if isinstance(leaf, Tensor)), None)
+        if first is None or first.dim() == 0:
+            raise Unsuited(f"{type(self.module).__name__} is called without a batch")
+        if self.wave.looking:
+            self.learn(first)
+        self.ran += 1
+        if self.each is None or (
+            self.each != SHARED and first.shape[0] != self.wave.copies * self.wave.sizes[self.each]
+        ):
+            raise Unsuited(f"{type(self.module).__name__} gets {first.shape[0]} rows: their number depends on the data")
+        if not self.moves:
+            return self.plain(*args, **kwargs)
+        return self.answer(first, *args, **kwargs)
+
+    def learn(self, first: Tensor) -> None:
+        """How many rows belong to a copy? Seen from the first forward: as many as examples, or as many as tokens."""
+        name, rows = type(self.module).__name__, first.shape[0]
+        before = self.seen[self.ran] if self.ran < len(self.seen) else -1
+        each = next((key for key, size in self.wave.sizes.items() if size == before), None)
+        each = SHARED if rows == before else each if rows == self.wave.copies * before else None
+        if each is None:
+            raise Unsuited(f"{name} gets {rows} rows, {before} of one copy, for {self.wave.sizes}")
+        if self.each not in (None, each):
+            raise Unsuited(f"{name} gets another kind of rows in some calls")
+        self.each = each
+
+    def values(self, attribute: str, part: Site, shape: tuple[int, ...]) -> Tensor:
+        """A part of a tensor at each point: (C, *shape), in its dtype."""
+        like = self.slots[attribute].tensor
+        out = torch.empty((self.wave.copies, *shape), dtype=like.dtype, device=like.device)
+        self.fill(attribute, part, range(self.wave.copies), list(out))
+        return out
+
+    def fill(self, attribute: str, part: Site, copies: Sequence[int], outs: Sequence[Tensor]) -> None:
+        """Write a part of a tensor at some of the points."""
+        wave, slot, moved = self.wave, self.slots[attribute], self.moved[attribute]
+        numbers = [wave.first + copy for copy in copies]
+        if all(moved[number] for number in numbers):
+            wave.weights.perturb_many(slot, part, [wave.points[number] for number in numbers], outs)
+            return
+        for number, out in zip(numbers, outs, strict=True):
+            if moved[number]:
+                wave.weights.perturb(slot, part, wave.points[number], out)
+            else:
+                out.copy_(slot.stored(part).view(out.shape))
+
+    def answer(self, first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The output for all copies."""
+        if self.each == SHARED:
+            raise Unsuited(f"{type(self.module).__name__} gets an input without a row per example")
+        if self.way == "rows":
+            return self._one_row_each(first, args, kwargs)
+        made = self._one_by_one(first, args, kwargs)
+        if self.way is None and len({id(p) for p in self.wave.points[self.wave.first : self.wave.last]}) > 1:
+            self.way = "rows" if self._rows_give(made, first, args, kwargs) else "copies"
+        return made
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Copy by copy
+
+    def _one_by_one(self, first: Tensor, args: Any, kwargs: Any) -> Any:
+        copies, total = self.wave.copies, first.shape[0]
+        rows = total // copies
+        leaves, spec = flatten(args, kwargs)
+        answers: list[Answer] = []
+        for start in range(0, copies, AT_ONCE):
+            group = range(start, min(start + AT_ONCE, copies))
+            made = {a: self._whole(a, slot, group) for a, slot in self.slots.items() if a in self.moves}
+            for place, copy in enumerate(group):
+                own = [
+                    x[copy * rows : (copy + 1) * rows]
+                    if isinstance(x, Tensor) and x.dim() and x.shape[0] == total
+                    else x
+                    for x in leaves
+                ]
+                more, named = unflatten(own, spec)
+                output = self._with({a: values[place] for a, values in made.items()}, more, named)
+                answers.append(Answer.of(output, rows, 1))
+        whole = [_joined(parts) for parts in zip(*(answer.leaves for answer in answers), strict=True)]
+        return tree_unflatten(whole, answers[0].spec)
+
+    def _whole(self, attribute: str, slot: Slot, group: Sequence[int]) -> list[Tensor]:
+        outs = [torch.empty(slot.tensor.shape, dtype=slot.tensor.dtype, device=slot.tensor.device) for _ in group]
+        self.fill(attribute, slot.site, group, outs)
+        return outs
+
+    def _with(self, replaced: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+        """The module's own forward with other tensors in the place of its own."""
+        before = {attribute: self.module._parameters[attribute] for attribute in replaced}
+        try:
+            self.module._parameters.update(replaced)  # type: ignore[arg-type]
+            return self.plain(*args, **kwargs)
+        finally:
+            self.module._parameters.update(before)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # One row of the weight per example
+
+    def _one_row_each(self, first: Tensor, args: Any, kwargs: Any) -> Any:
+        """Vectors as (C * rows, 1, ..., width): elementwise modules broadcast them."""
+        copies, rows = self.wave.copies, first.shape[0] // self.wave.copies
+        replaced = {}
+        for attribute in self.moves:
+            values = self.vectors.get(attribute)
+            if values is None:
+                slot = self.slots[attribute]
+                values = self.values(attribute, slot.site, (slot.site.numel,))
+            if rows > 1:
+                values = values.unsqueeze(1).expand(copies, rows, -1).reshape(copies * rows, -1)
+            replaced[attribute] = values.view(copies * rows, *[1] * (first.dim() - 2), -1)
+        return self._with(replaced, args, kwargs)
+
+    def _rows_give(self, expected: Any, first: Tensor, args: Any, kwargs: Any) -> bool:
+        """Do rows give the same bits as copies? Tried on the first input: fused kernels want the vector itself."""
+        if any(slot.tensor.dim() != 1 for slot in self.slots.values()) or first.dim() < 2:
+            return False
+        if not isinstance(expected, Tensor):
+            return False
+        try:
+            made = self._one_row_each(first, args, kwargs)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+        return isinstance(made, Tensor) and made.dtype == expected.dtype and torch.equal(made, expected)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    if any(part != parts[0] for part in parts):
+        raise Unsuited("its outputs differ in more than tensors between the copies")
+    return parts[0]

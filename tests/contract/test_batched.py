@@ -1,0 +1,389 @@
+"""The batched engine answers as the in-place engine does, for every family of models and every kind of point."""
+
+import pytest
+import torch
+from tests.support.language_models import MODELS, make
+from tests.support.models import bits
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from zotune.core.direction import HERE, Noise, Scaled, Stored
+from zotune.core.low_rank import Factors, LowRank
+from zotune.core.noise import stream
+from zotune.core.weights import Weights
+from zotune.engines.batched import Auto, Batched
+from zotune.engines.batched_size import copies_for
+from zotune.engines.in_place import InPlace
+from zotune.engines.layerwise import Layerwise
+from zotune.optimizer import ZO
+
+EPS = 2.0**-6
+models = pytest.mark.parametrize("name", MODELS)
+
+
+def noise(number, factors=None):
+    z = Noise(stream(0, "z", number))
+    return z if factors is None else Scaled(z, factors)
+
+
+def low_rank(weights, number, rank=2, shared=True):
+    """Low-rank on matrices, noise on the rest; the right factors are the same objects for all numbers if `shared`."""
+    factors = {}
+    for slot in weights:
+        if slot.tensor.dim() == 2:
+            m, n = slot.tensor.shape
+            draws = torch.Generator().manual_seed(number)
+            left = torch.randn(m, rank, generator=draws)
+            right = torch.randn(n, rank, generator=draws)
+            factors[slot.site.name] = Factors.of(left, right)
+            if shared:
+                key = slot.site.name
+                kept = _RIGHT.setdefault((id(weights), key, rank), factors[key].right)
+                factors[key] = Factors(factors[key].left, kept)
+    return LowRank(factors) + Scaled(noise(number), dict.fromkeys(factors, 0.0))
+
+
+_RIGHT: dict = {}
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    _RIGHT.clear()
+
+
+def pair(z):
+    return [EPS * z, -EPS * z]
+
+
+def some_sites(weights):
+    """Factors that leave every other tensor alone."""
+    return {name: float(k % 2) for k, name in enumerate(weights.slots)}
+
+
+POINTS = {
+    "pair": lambda w: pair(noise(0)),
+    "three pairs": lambda w: [p for k in range(3) for p in pair(noise(k))],
+    "one-sided with here": lambda w: [HERE, EPS * noise(0), EPS * noise(1)],
+    "an odd number": lambda w: [EPS * noise(k) for k in range(5)],
+    "per group": lambda w: pair(noise(0, {name: 1.0 + k for k, name in enumerate(w.slots)})),
+    "some sites": lambda w: pair(noise(0, some_sites(w))),
+    "a site moved by one point only": lambda w: [EPS * noise(0, some_sites(w)), EPS * noise(1)],
+    "stored": lambda w: [EPS * noise(0), EPS * Stored({s.site.name: torch.ones_like(s.tensor) for s in w})],
+    "low-rank pair": lambda w: pair(low_rank(w, 0)),
+    "low-rank pairs, shared right": lambda w: [p for k in range(3) for p in pair(low_rank(w, k))],
+    "low-rank pairs, own factors": lambda w: [p for k in range(3) for p in pair(low_rank(w, k, shared=False))],
+    "low-rank on what waits": lambda w: [
+        0.1 * low_rank(w, 9) + 0.02 * low_rank(w, 8, rank=1, shared=False) + p for p in pair(low_rank(w, 0))
+    ],
+    "low-rank, one point": lambda w: [EPS * low_rank(w, 0)],
+    "low-rank and here": lambda w: [HERE, EPS * low_rank(w, 0), EPS * low_rank(w, 1)],
+    "low-rank beside dense": lambda w: [EPS * low_rank(w, 0), EPS * noise(0)],
+    "tensors as coefficients": lambda w: [torch.tensor(EPS) * low_rank(w, 0), torch.tensor(-EPS) * low_rank(w, 0)],
+}
+
+
+class Calls:
+    """Counts calls of modules by the name of their class, from outside of any engine."""
+
+    def __enter__(self):
+        self.counts = {}
+        self.hook = register_module_forward_pre_hook(self._count)
+        return self
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+    def _count(self, module, args):
+        self.counts[type(module).__name__] = self.counts.get(type(module).__name__, 0) + 1
+
+
+def answers(engine, points, closure, waves=2):
+    with torch.no_grad():
+        for _ in range(waves):  # the first wave looks at the model and compares
+            losses = engine.losses(points, closure, 0)
+    return losses.tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The same losses
+
+
+@pytest.mark.parametrize("points", POINTS)
+@models
+def test_losses_are_those_of_the_in_place_engine(name, points):
+    """fp64: products are summed in another order, and low-rank points are added to the outputs: a few hundred 2**-53."""
+    _, named, closure = make(name)
+    weights = Weights(named)
+    before = {slot.site.name: bits(slot.tensor) for slot in weights}
+    made = POINTS[points](weights)
+    engine = Batched(weights)
+    batched = answers(engine, made, closure)
+    assert "in one forward" in engine.reason, engine.reason
+    assert len(set(batched)) == len(made)
+    assert batched == pytest.approx(answers(InPlace(weights), made, closure, waves=1), rel=1e-12)
+    assert all(torch.equal(bits(slot.tensor), before[slot.site.name]) for slot in weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("points", ["pair", "low-rank pair", "low-rank pairs, own factors", "one-sided with here"])
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "bert"])
+def test_losses_in_low_precision(name, points, dtype):
+    """Sums of another order, and in bf16 factors of 8 bits beside weights that are rounded after they are perturbed.
+
+    32 units of the precision cover what a forward of a few layers makes of single roundings.
+    """
+    _, named, closure = make(name, dtype)
+    weights = Weights(named)
+    made = POINTS[points](weights)
+    assert answers(Batched(weights), made, closure) == pytest.approx(
+        answers(InPlace(weights), made, closure, waves=1), rel=32 * torch.finfo(dtype).eps
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_points_have_the_bits_of_layer_by_layer(dtype):
+    """The same products of the same perturbed matrices, copy by copy: no tolerance where the kernels do not see the batch."""
+    _, named, closure = make("llama", dtype)
+    weights = Weights(named)
+    made = POINTS["three pairs"](weights)
+    assert answers(Batched(weights), made, closure) == answers(Layerwise(weights), made, closure)
+
+
+def test_low_rank_in_bf16_is_evaluated_to_the_precision_of_the_factors():
+    """Slopes along a low-rank direction: bf16 factors against exact ones, in an fp32 model. 2 units of 2**-8 on each factor."""
+    _, named, closure = make("llama", torch.float32)
+    weights = Weights(named)
+    made = pair(low_rank(weights, 0))
+    plus, minus = answers(Batched(weights), made, closure)
+    exact = answers(InPlace(weights), made, closure, waves=1)
+    assert plus - minus == pytest.approx(exact[0] - exact[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "lora"])
+def test_training_moves_the_weights_as_in_place(name):
+    """20 steps in fp64: roundings of 1e-16 grow by the learning rate over eps at most."""
+    moved = []
+    for engine in ("in_place", "batched"):
+        _, named, closure = make(name)
+        opt = ZO(named, lr=1e-3, eps=1e-2, engine=engine)
+        for _ in range(20):
+            opt.step(closure)
+        moved.append(torch.cat([p.detach().flatten() for _, p in named]))
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-9, atol=1e-9)
+
+
+def test_autocast_around_the_step():
+    _, named, closure = make("llama", torch.float32)
+    weights = Weights(named)
+    for made in (pair(noise(0)), pair(low_rank(weights, 0))):
+        with torch.autocast("cpu", torch.bfloat16):
+            batched = answers(Batched(weights), made, closure)
+            expected = answers(InPlace(weights), made, closure, waves=1)
+        assert batched == pytest.approx(expected, rel=32 * 2**-8)
+        assert len(set(batched)) == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Forwards
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "lora"])
+def test_a_pair_is_one_call_of_the_body(name):
+    _, named, closure = make(name)
+    weights = Weights(named)
+    engine = Batched(weights)
+    answers(engine, pair(noise(0)), closure)
+    layer = {"llama": "LlamaDecoderLayer", "lora": "LlamaDecoderLayer", "qwen3": "Qwen3DecoderLayer"}[name]
+    for points in (pair(noise(1)), pair(low_rank(weights, 1)), POINTS["three pairs"](weights)):
+        with Calls() as calls:
+            answers(engine, points, closure, waves=1)
+        assert calls.counts[layer] == 2, "two layers, once each"
+
+
+def test_forwards_that_look_are_counted():
+    """Every forward is either a query or a check."""
+    for name in ("llama", "mlp"):
+        _, named, closure = make(name)
+        called = []
+        opt = ZO(named, engine="batched")
+        for _ in range(3):
+            opt.step(lambda closure=closure, called=called: called.append(None) or closure())
+        assert len(called) == opt.forwards + opt.engine.check_forwards - 2  # two copies, to learn from, are no call
+        assert opt.forwards == 6
+
+
+def test_batches_of_other_sizes_need_no_second_look():
+    model, named, _ = make("llama")
+    weights = Weights(named)
+    engine = Batched(weights)
+    for rows, positions in ((3, 7), (1, 7), (2, 2), (5, 5), (2, 7), (4, 1)):
+        ids = torch.randint(2, 67, (rows, positions))
+
+        def closure(ids=ids):
+            return model(input_ids=ids).logits.square().mean()
+
+        for made in (pair(noise(0)), POINTS["three pairs"](weights)):
+            assert answers(engine, made, closure, 1) == pytest.approx(
+                answers(InPlace(weights), made, closure, 1), rel=1e-12
+            )
+            assert f"{len(made)} points in one forward" in engine.reason
+        if positions > 1:  # else rows of examples and of tokens cannot be told apart
+            assert engine.check_forwards == 9
+
+
+def test_other_arguments_are_looked_at():
+    """A mask in some batches, embeddings instead of numbers in others: right each time."""
+    model, named, _ = make("llama")
+    weights = Weights(named)
+    engine, ids = Batched(weights), torch.randint(2, 67, (3, 7))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    kinds = [
+        {"input_ids": ids},
+        {"input_ids": ids, "attention_mask": mask},
+        {"input_ids": ids, "position_ids": ids % 5},
+    ]
+    kinds.append({"inputs_embeds": torch.randn(3, 7, 16, dtype=torch.float64)})
+    for kind in kinds + kinds:
+
+        def closure(kind=kind):
+            return model(**kind).logits.square().mean()
+
+        made = pair(noise(0))
+        assert answers(engine, made, closure, 1) == pytest.approx(
+            answers(InPlace(weights), made, closure, 1), rel=1e-12
+        )
+        assert "2 points in one forward of LlamaModel" in engine.reason
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+def test_sizes_decide_alone():
+    assert copies_for(32, 2, low_rank=False, by_size=True) == 2
+    assert copies_for(32, 5, low_rank=False, by_size=True) == 5
+    assert copies_for(32, 99, low_rank=False, by_size=True) == 16
+    assert copies_for(100, 99, low_rank=True, by_size=True) == 4, "both sides of a pair stay together"
+    assert copies_for(128, 8, low_rank=False, by_size=True) == 4
+    assert copies_for(129, 8, low_rank=False, by_size=True) == 1
+    assert copies_for(1024, 8, low_rank=True, by_size=True) == 2
+    assert copies_for(1024, 1, low_rank=True, by_size=True) == 1
+    assert copies_for(0, 3, low_rank=False, by_size=True) == 3
+    assert copies_for(1024, 99, low_rank=False, by_size=False) == 16
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_auto_goes_by_size_and_gives_the_same_losses(low, monkeypatch):
+    monkeypatch.setattr("zotune.engines.batched_size.DENSE_TOKENS", 21)
+    monkeypatch.setattr("zotune.engines.batched_size.TOGETHER", 4 * 21)
+    model, named, small = make("llama")
+    weights = Weights(named)
+    large = torch.randint(2, 67, (12, 7))
+    engine = Auto(weights)
+    points = [p for k in range(3) for p in pair(low_rank(weights, k) if low else noise(k))]
+    for closure, counts in (
+        (small, (4, 2)),
+        (lambda: model(input_ids=large).logits.square().mean(), (2, 2, 2) if low else (1,) * 6),
+    ):
+        expected = answers(InPlace(weights), points, closure, 1)
+        assert answers(engine, points, closure) == pytest.approx(expected, rel=1e-12)
+        with Calls() as calls:
+            answers(engine, points, closure, 1)
+        assert calls.counts["LlamaDecoderLayer"] == 2 * len(counts)
+    assert (
+        "2 points in one forward" in engine.reason
+        if low
+        else "layer by layer, one point at a time: 84 tokens" in engine.reason
+    )
+
+
+def test_auto_is_the_default_and_says_why():
+    _, named, closure = make("llama", torch.float32)
+    opt = ZO(named)
+    opt.step(closure)
+    assert isinstance(opt.engine, Auto)
+    assert opt.engine.reason.startswith("2 points in one forward of LlamaModel, 21 tokens each; 20 tensors are reached")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What stays as it was
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "mlp"])
+def test_a_resumed_run_has_the_same_bits(name):
+    """Looking at the model anew, at any step, leaves the answers alone; also for waves of one point."""
+    for method, options in (("mezo", {}), ("lozo", {"rank": 2, "interval": 3}), ("fzoo", {"n": 3})):
+        runs = []
+        for fresh in (False, True):
+            _, named, closure = make(name, torch.float32)
+            opt = ZO(named, method, lr=1e-3, engine="batched", method_options=options)
+            for _ in range(6):
+                opt.step(closure)
+                if fresh:
+                    opt.engine = Batched(opt.weights)
+            runs.append([bits(p) for _, p in named])
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_waves_of_one_low_rank_point_do_not_depend_on_the_look():
+    _, named, closure = make("llama", torch.float32)
+    weights = Weights(named)
+    made = [EPS * low_rank(weights, 0)]
+    engine = Batched(weights)
+    assert answers(engine, made, closure, 1) == answers(engine, made, closure, 1)
+
+
+class Interrupted(Exception):
+    """What a closure or a module raises."""
+
+
+@pytest.mark.parametrize("where", ["LlamaModel", "LlamaMLP", "LlamaForCausalLM", "Linear", "closure"])
+def test_exceptions_leave_no_trace(where):
+    model, named, closure = make("llama", torch.bfloat16)
+    weights = Weights(named)
+    engine = Batched(weights)
+    for made in (pair(noise(0)), pair(low_rank(weights, 0))):
+        expected = answers(engine, made, closure)
+        before = [bits(p) for _, p in named]
+        fabric = [sorted(vars(m)) + [id(p) for p in m._parameters.values()] for m in model.modules()]
+        for at in (1, 2, 3, 9):
+            seen = []
+
+            def fail(module, args, at=at, seen=seen):
+                seen.extend([None] * (type(module).__name__ == where))
+                if len(seen) == at:
+                    raise Interrupted
+
+            def failing(at=at, seen=seen):
+                loss = closure()
+                seen.extend([None] * (where == "closure"))
+                if len(seen) == at:
+                    raise Interrupted
+                return loss
+
+            hook = register_module_forward_pre_hook(fail)
+            try:
+                answers(engine, made, failing, 1)
+            except Interrupted:
+                pass
+            finally:
+                hook.remove()
+            assert [sorted(vars(m)) + [id(p) for p in m._parameters.values()] for m in model.modules()] == fabric
+            assert all(torch.equal(bits(p), b) for (_, p), b in zip(named, before, strict=True))
+            assert answers(engine, made, closure, 1) == expected
+
+
+def test_losses_that_are_not_finite():
+    """They come back as they are, in their places."""
+    _, named, closure = make("llama")
+    weights, calls = Weights(named), []
+    engine = Batched(weights)
+    answers(engine, pair(noise(0)), closure)
+
+    def sometimes():
+        calls.append(None)
+        return closure() if len(calls) != 2 else torch.tensor(float("nan"))
+
+    good, bad = answers(engine, pair(noise(0)), sometimes, 1)
+    assert good == pytest.approx(answers(engine, pair(noise(0)), closure, 1)[0])
+    assert bad != bad
