@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # as torch.optim uses it: does not import dynamo
 
 from zotune.core.context import AskExamples, Context, Estimate
 from zotune.core.direction import Combination, Direction, Scaled
@@ -116,6 +117,7 @@ class ZO(torch.optim.Optimizer):
     # ------------------------------------------------------------------------------------------------------------------
     # A step
 
+    @_disable_dynamo  # a compiled training step must not compile the noise; the model inside still is
     @torch.inference_mode(False)  # buffers made inside it could never be written outside it again
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
@@ -147,6 +149,7 @@ class ZO(torch.optim.Optimizer):
         self._count_refusals(self.last)
         return torch.tensor(float(estimate.loss), dtype=torch.float64)
 
+    @_disable_dynamo
     @torch.inference_mode(False)
     @torch.no_grad()
     def query(self, closure: Closure) -> Tensor:
@@ -220,6 +223,14 @@ class ZO(torch.optim.Optimizer):
     def _counts(self) -> dict[str, int]:
         counts: dict[str, int] = self.param_groups[0]["zo_counts"]
         return counts
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What torch.amp.GradScaler asks an optimizer before it steps: the first moment to see that there is one."""
+        raise ConfigError(
+            "A gradient scaler (fp16 mixed precision) has nothing to scale: ZO makes no gradients, and the scaler would stop "
+            "with 'No inf checks were recorded'. Step without it: bf16 autocast, or weights in fp16, need none."
+        )
 
     def _slope(self, closure: Closure, seed: int) -> Callable[[Direction], tuple[float, float]] | None:
         slope = getattr(self.engine, "slope", None)
@@ -321,6 +332,12 @@ class ZO(torch.optim.Optimizer):
     def _forget_states(self) -> None:
         """The groups only carry them into and out of files; kept there, a learned mean would be held twice."""
         self.param_groups[0] |= {"zo_method": {}, "zo_rule": {}, "zo_pending": []}
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise ConfigError(
+            "ZO cannot be copied or pickled as a whole: its noise and its state hang on the tensors that it was made with. "
+            "Copy the model, make a ZO for the copy, and load state_dict() into it."
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only at construction: sites, noise and ledger are fixed then."""

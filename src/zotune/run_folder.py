@@ -3,7 +3,7 @@
 run.json           settings and versions
 ledger.jsonl       every loss: with the base weights, the run itself
 metrics.jsonl      held-out accuracy and loss as training went on
-snapshot.pt        weights and optimizer state of some step, to resume from quickly (removed at the end)
+snapshot.safetensors  weights and optimizer state of some step, to resume from quickly (removed at the end)
 results.json       accuracy before and after, beside the prior-corrected baseline
 curves.png         loss and accuracy against forward passes
 model/             the trained model and its tokenizer
@@ -21,6 +21,7 @@ from zotune.core.errors import ConfigError
 from zotune.extras import require
 from zotune.optimizer import ZO
 from zotune.packaged import without_bars
+from zotune.state_file import read_state, write_state
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -37,7 +38,7 @@ class RunFolder:
         self.path = Path(path)
         self.ledger = self.path / "ledger.jsonl"
         self.metrics = self.path / "metrics.jsonl"
-        self.snapshot = self.path / "snapshot.pt"
+        self.snapshot = self.path / "snapshot.safetensors"
         self.results = self.path / "results.json"
         self.curves = self.path / "curves.png"
         self.model = self.path / "model"
@@ -70,19 +71,14 @@ class RunFolder:
 
     def save_snapshot(self, opt: ZO) -> None:
         """Weights and optimizer state of this step, whole or not at all."""
-        temporary = self.snapshot.with_name(".snapshot.pt.tmp")
-        weights = {name: slot.tensor.detach() for name, slot in opt.weights.slots.items()}
-        with temporary.open("wb") as file:
-            torch.save({"weights": weights, "optimizer": opt.state_dict()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.snapshot)
+        weights = {name: slot.tensor for name, slot in opt.weights.slots.items()}
+        write_state(self.snapshot, {"weights": weights, "optimizer": opt.state_dict()})
 
     def load_snapshot(self, opt: ZO) -> None:
         """Take up the snapshot, if there is one."""
         if not self.snapshot.is_file():
             return
-        state = torch.load(self.snapshot, map_location="cpu", weights_only=True)
+        state = read_state(self.snapshot)
         with torch.no_grad():
             for name, slot in opt.weights.slots.items():
                 slot.tensor.copy_(state["weights"][name])

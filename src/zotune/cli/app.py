@@ -40,8 +40,18 @@ def evaluate(
     given: dict[str, Any],
     demonstrations: Annotated[int, typer.Option(help="Also ask with so many solved examples before; MeZO: 32.")] = 0,
     calibrate: Annotated[bool, typer.Option(help="Also take off what the model thinks without the question.")] = False,
+    harness: Annotated[
+        str | None,
+        typer.Option(help="Ask lm-evaluation-harness instead: names of its tasks or YAML files, separated by commas."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="With --harness: rows per task, for trying out.")] = None,
 ) -> None:
     """Accuracy (or F1, reward) on held-out rows, beside the prior-corrected baseline; nothing is trained."""
+    if harness is not None:
+        from zotune.cli.harness import evaluate_with_harness
+
+        evaluate_with_harness(recipe, given, harness, shots=demonstrations or None, limit=limit)
+        return
     config = load_config(recipe, given)
     from zotune.asking import ask
     from zotune.cli.display import Display, show_evaluation

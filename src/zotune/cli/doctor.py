@@ -22,6 +22,7 @@ OPTIONAL = (
     ("gguf", "demo", "the packaged model"),
     ("peft", "hf", "LoRA, prefix and prompt tuning"),
     ("datasets", "hf", "rows from the hub"),
+    ("lm_eval", "eval", "zotune evaluate --harness"),
     ("matplotlib", "plot", "curves of a run"),
 )
 

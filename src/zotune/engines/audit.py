@@ -31,6 +31,19 @@ class ReadAudit(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.names.setdefault(memory_of(slot.tensor), set()).add(slot.site.name)
         self.read: set[str] = set()
         self._paused = False
+        self._eager: Any = None
+
+    def __enter__(self) -> "ReadAudit":
+        # A compiled model runs uncompiled here. What compiled code reads is not seen; and dynamo, which cannot work under a
+        # dispatch mode, would mark the code that it meets as never to be compiled, for good and without a word.
+        self._eager = torch.compiler.set_stance("force_eager")
+        self._eager.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._eager.__exit__(*exception)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at the inputs, then do what was asked."""

@@ -13,7 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.utils._pytree import TreeSpec
 
 from zotune.core.weights import Weights
@@ -81,6 +85,7 @@ class Watch:
         finally:
             for handle in handles:
                 handle.remove()
+                _global_forward_hooks_with_kwargs.pop(handle.id, None)  # torch leaves it behind
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         self._clock += 1

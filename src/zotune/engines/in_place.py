@@ -20,7 +20,7 @@ from zotune.core.weights import Slot, Weights
 from zotune.engines.audit import ReadAudit
 from zotune.engines.examples import one_by_one
 from zotune.engines.forward_mode import ask_slope, attach, check_slope
-from zotune.engines.query import ask, check_here
+from zotune.engines.query import ask, ask_first
 
 
 class InPlace:
@@ -88,7 +88,7 @@ class InPlace:
         """One forward at the current weights: is the loss a number, and which tensors does it read?"""
         audit = ReadAudit(self.weights)
         with audit:
-            check_here(ask(closure, self.weights, seed))
+            ask_first(closure, self.weights, seed)
         self.check_forwards += 1
         self._unread = set(self.weights.slots) - audit.read
 

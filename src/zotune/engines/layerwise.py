@@ -10,15 +10,19 @@ own trained tensors; the first query runs under an audit (`engines.audit`), and 
 well (a functional call, a penalty on the weights in the closure, nn.MultiheadAttention's output layer) are perturbed in
 place from then on. `reason` says what was found.
 
+A compiled model is perturbed in place altogether: hooks would be compiled into it, and the noise that they draw.
+
 A slope (`engines.forward_mode`) is asked for in the same way, with dual tensors in the place of scratch.
 """
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_iter
@@ -26,6 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from zotune.core.context import as_losses
 from zotune.core.direction import HERE, Direction, Scalar
+from zotune.core.errors import EngineError
 from zotune.core.site import Site
 from zotune.core.step import Closure
 from zotune.core.weights import Slot, Weights
@@ -35,10 +40,11 @@ from zotune.engines.examples import one_by_one
 from zotune.engines.forms import MIN_NUMEL, Form, form_for
 from zotune.engines.forward_mode import ask_slope, check_slope, dual, probe_scale
 from zotune.engines.in_place import InPlace, refuse_standing_still
-from zotune.engines.query import ask, check_here
+from zotune.engines.query import ask, ask_first
 from zotune.engines.scratch import Scratch
 from zotune.kernels.workspace import workspace
 
+COMPILED = "the model is compiled, so all tensors are perturbed in place: hooks would be compiled into it"
 Answer = TypeVar("Answer")
 IN_CACHE = 1 << 20  # elements of a piece on the CPU: written and multiplied before it leaves the cache
 Replaced = list[tuple[str, nn.Parameter, Tensor]]  # attribute, parameter, scratch
@@ -68,6 +74,7 @@ class Layerwise:
         self._leaks: set[str] = set()
         self._modes: dict[int, tuple[nn.Module, set[bool]]] = {}  # train, eval or both: how a module was looked at
         self._strange = False  # a module ran in a mode in which it was not looked at
+        self._compiled = False  # torch compiles something that was called: no hooks, all tensors are perturbed in place
         self._unread: set[str] = set()
         self._point: Direction = HERE
         self._only: Collection[str] | None = None
@@ -78,6 +85,7 @@ class Layerwise:
         self._hooks: Hooks = ()
         self._met: set[str] = set()
         self._scratch = Scratch()
+        self._fill = torch.compiler.disable(self._fill)  # type: ignore[method-assign, no-untyped-call]  # dynamo's noise differs
 
     # ------------------------------------------------------------------------------------------------------------------
     # Answering
@@ -137,7 +145,8 @@ class Layerwise:
             yield
             return
         direct = self.direct if only is None else self.direct.intersection(only)
-        with self.in_place.at(point, direct) if direct else nullcontext(), self._swapped(point, only):
+        swapped = nullcontext() if self._compiled else self._swapped(point, only)
+        with self.in_place.at(point, direct) if direct else nullcontext(), swapped:
             yield
 
     @contextmanager
@@ -145,7 +154,8 @@ class Layerwise:
         """Inside a dual level: modules called inside the block see the current weights, with the direction as tangent."""
         self._tangents = True
         try:
-            with self.in_place.along(direction, self.direct), self._swapped(direction, None):
+            swapped = nullcontext() if self._compiled else self._swapped(direction, None)
+            with self.in_place.along(direction, self.direct), swapped:
                 yield
         finally:
             self._tangents = False
@@ -192,6 +202,9 @@ class Layerwise:
         self._hooks = ()
 
     def _enter(self, module: nn.Module, args: Any = ()) -> None:
+        if torch.compiler.is_compiling():  # the closure itself is compiled, and this hook with it: look again
+            self._compiled = self._strange = True
+            return
         replaced: Replaced = []
         self._running.append((module, replaced))
         looked = self._modes.get(id(module))
@@ -208,7 +221,7 @@ class Layerwise:
                 replaced.append((attribute, parameter, scratch))
 
     def _leave(self, module: nn.Module, args: Any = (), output: Any = None) -> None:
-        if not self._running or self._running[-1][0] is not module:
+        if torch.compiler.is_compiling() or not self._running or self._running[-1][0] is not module:
             return
         _, replaced = self._running.pop()
         if not replaced:
@@ -232,7 +245,8 @@ class Layerwise:
         return scratch
 
     def _fill(self, slot: Slot, part: Site, out: Tensor) -> None:
-        with self._audit.paused() if self._audit is not None else nullcontext():
+        paused = self._audit.paused() if self._audit is not None else nullcontext()
+        with torch.no_grad(), paused:  # the closure may have turned gradients on
             self.weights.perturb(slot, part, self._point, out)
 
     def _has_form(self, module: nn.Module, slot: Slot) -> bool:
@@ -283,6 +297,7 @@ class Layerwise:
         """One forward at the current weights: is the loss a number, which modules own what, what is read at all?"""
 
         def look(module: nn.Module, args: Any = ()) -> None:
+            self._compiled |= is_compiled(module)
             self._modes.setdefault(id(module), (module, set()))[1].add(module.training)
             for parameter in module._parameters.values():
                 slot = self.weights.by_tensor.get(id(parameter))
@@ -290,13 +305,16 @@ class Layerwise:
                     self._owned[id(module), id(parameter)] = (module, slot)
 
         audit = ReadAudit(self.weights)
-        with self._hooked(look), audit:
-            check_here(ask(closure, self.weights, seed))
+        with self._hooked(look), audit, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Using .torch.compile", category=UserWarning)  # hooks fire twice
+            ask_first(closure, self.weights, seed)
         self.check_forwards += 1
         self._strange = False
         self._owners = {slot.site.name for _, slot in self._owned.values()}
         self._unread = set(self.weights.slots) - audit.read
         self.direct = (set(self.weights.slots) - self._owners) | self._leaks
+        if self._compiled:
+            self.direct = set(self.weights.slots)
         self._forms = []
         for module, slot in self._owned.values():
             form = form_for(module, slot.site) if module._parameters.get("weight") is slot.tensor else None
@@ -321,9 +339,32 @@ class Layerwise:
             self._leaks |= leaks
             self.direct |= leaks
             hooked -= leaks
-        if hooked and self.compares:
-            self.check_forwards += compare_engines(self, self.in_place, hooked, point, closure, seed)
-        self.reason = _say(len(hooked), sorted(self.direct), sorted(self._unread))
+        if hooked:
+            self._try_hooks(hooked, point, closure, seed)
+        self.reason = COMPILED if self._compiled else _say(len(hooked), sorted(self.direct), sorted(self._unread))
+
+    def _try_hooks(self, hooked: set[str], point: Direction, closure: Closure, seed: int) -> None:
+        """Do they run outside the audit, and do they what they should? Code that was compiled before runs without them."""
+        self._met = set()
+        try:
+            if self.compares:
+                self.check_forwards += compare_engines(self, self.in_place, hooked, point, closure, seed)
+            else:
+                self.check_forwards += 1
+                with self._hooked(self._enter):
+                    ask(closure, self.weights, seed)
+                self._compiled |= not hooked <= self._met
+        except EngineError:
+            if hooked <= self._met and not self._compiled:
+                raise
+            self._compiled = True
+        if self._compiled:
+            self.direct, self._strange = set(self.weights.slots), False
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called, or this is what `torch.compile(module)` returns."""
+    return getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules
 
 
 class _Everywhere(Direction):

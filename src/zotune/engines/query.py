@@ -1,6 +1,8 @@
 """One query: run the closure at some weights under common random numbers and read one number."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
@@ -24,12 +26,44 @@ def ask(closure: Closure, weights: Weights, seed: int) -> Any:
     # Under an autocast block around the step, torch keeps casts of weights that require grad; a changed weight would be
     # answered from the stale cast, and the two sides of a pair would agree exactly.
     torch.clear_autocast_cache()
-    with torch.no_grad(), common_random_numbers(seed, weights.devices):
+    with torch.no_grad(), common_random_numbers(seed, weights.devices), _no_backward():
         answer = closure()
     torch.clear_autocast_cache()
     if isinstance(answer, Tensor) and answer.device.type != "cpu" and answer.numel() == 1:
         return answer.detach().to(torch.float64, copy=True).reshape(())  # a captured graph writes to one place always
     return as_number(answer)
+
+
+BACKWARD = (
+    "The closure calls backward(). ZO needs the loss alone, from one forward pass: leave out backward() and zero_grad(). "
+    "(A Lightning module with automatic optimization: override its `backward` to do nothing.)"
+)
+_NO_GRAPH = ("does not require grad and does not have a grad_fn", "backward through the graph a second time")
+
+
+@contextmanager
+def _no_backward() -> Iterator[None]:
+    """What torch says of a backward pass without a graph, in words that help."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(words in str(error) for words in _NO_GRAPH):
+            raise ClosureError(BACKWARD) from error
+        raise
+
+
+def ask_first(closure: Closure, weights: Weights, seed: int) -> None:
+    """One forward at the current weights, before any perturbation.
+
+    Raises:
+        ClosureError: the loss is not a number, or the closure left gradients behind.
+    """
+    before = [slot.tensor.grad for slot in weights]
+    check_here(float(ask(closure, weights, seed)))
+    if any(slot.tensor.grad is not None and old is None for slot, old in zip(weights, before, strict=True)):
+        for slot, old in zip(weights, before, strict=True):
+            slot.tensor.grad = old
+        raise ClosureError(BACKWARD)
 
 
 def as_number(answer: Any) -> float:
