@@ -28,6 +28,11 @@ END_OF_TURN = "<|im_end|>"
 """What the model writes when it has finished; also its padding token, as in the original's configuration."""
 
 
+def packaged_model_place() -> Path:
+    """Where the packaged model's folder is, or will be."""
+    return cache_folder() / "models" / f"{ALIAS}-{VERSION}"
+
+
 def packaged_model_folder(*, say: Say = silent) -> Path:
     """Return the folder with the safetensors copy of the packaged model; make it on the first call.
 
@@ -39,7 +44,7 @@ def packaged_model_folder(*, say: Say = silent) -> Path:
         MissingExtraError: ``gguf`` or ``accelerate`` is needed for the conversion and is absent.
         ConfigError: the cache folder cannot be written.
     """
-    place = cache_folder() / "models" / f"{ALIAS}-{VERSION}"
+    place = packaged_model_place()
     build_once(place, lambda folder: _build(folder, say))
     for needed in ("config.json", "model.safetensors", "tokenizer.json", "origin.json"):
         if not (place / needed).is_file():

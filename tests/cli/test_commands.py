@@ -94,6 +94,15 @@ def test_doctor_says_what_is_off_and_why(run, monkeypatch):
     assert 'off: LoRA, prefix and prompt tuning. Install it with pip install "zotune[hf]"' in printed
 
 
+def test_doctor_knows_whether_the_packaged_model_was_fetched(run, monkeypatch, tmp_path):
+    place = tmp_path / "model"
+    monkeypatch.setattr("zotune.cli.doctor.packaged_model_place", lambda: place)
+    assert "not fetched yet" in " ".join(run("doctor").output.split())
+    place.mkdir()
+    (place / "config.json").write_text("{}")
+    assert "smollm2-135m converted" in " ".join(run("doctor").output.split())
+
+
 def test_zotune_errors_are_one_message_and_exit_code_2():
     code = "import sys; sys.argv = ['zotune', 'train', '--steps', '0']; from zotune.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

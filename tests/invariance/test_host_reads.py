@@ -22,6 +22,11 @@ PLAIN = [
     Variant("kerzoo", {"n": 2, "order": 5}),
     Variant("kerzoo", {"variant": "released"}),
     Variant("kerzoo", {"source": "rademacher"}),
+    Variant("subzero", {"rank": 2, "n": 2}),
+    Variant("jaguar"),
+    Variant("sparse"),
+    Variant("es"),
+    Variant("zo_finetuner", {"networks": "untrained"}),
 ]
 
 

@@ -439,5 +439,5 @@ def test_normalised_steps_have_the_length_of_the_policy_without_a_mean(options):
         asked.clear()
         g, estimate, _ = estimate_of(method, weights, loss, step=step, eps=0.5, asked=asked)
     v = flat(realised(asked[-1], weights)) / 0.5  # the minus side
-    expected = abs(estimate.info["rho"]) * method.sigma**2 * v.numel() / float(v.norm())
+    expected = abs(float(estimate.info["rho"])) * method.sigma**2 * v.numel() / float(v.norm())
     assert float(g.norm()) == pytest.approx(expected, rel=1e-6)

@@ -1,5 +1,6 @@
 """Tiny random models of the architectures that people tune: nothing is downloaded."""
 
+import peft
 import pytest
 import torch
 import transformers
@@ -34,7 +35,7 @@ ARCHITECTURES = {
     "opt": (transformers.OPTForCausalLM, transformers.OPTConfig, OPT),
     "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig, {**SMALL, "num_key_value_heads": 2}),
     "gpt_neox": (transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig, SMALL),
-    "phi": (transformers.PhiForCausalLM, transformers.PhiConfig, SMALL),
+    "phi": (transformers.PhiForCausalLM, transformers.PhiConfig, {**SMALL, "pad_token_id": None}),
     "bloom": (
         transformers.BloomForCausalLM,
         transformers.BloomConfig,
@@ -61,6 +62,12 @@ CAUSAL = (
     "phi",
     "bloom",
 )
+
+
+def refused_by_oldest(name, mode):
+    """With the oldest versions a prefix before these does not act as the tokens it was made of; zotune says so."""
+    oldest = (transformers.__version__, peft.__version__) == ("5.0.0", "0.19.0")
+    return oldest and mode == "prefix" and name in ("gemma2", "gemma3")
 
 
 @pytest.fixture

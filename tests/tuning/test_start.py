@@ -10,7 +10,7 @@ from zotune.core.ledger import weights_hash
 from zotune.tuning import MODES, make_mode
 from zotune.tuning.virtual import random_tokens
 
-from .conftest import CAUSAL, VOCABULARY
+from .conftest import CAUSAL, VOCABULARY, refused_by_oldest
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 3, 1, 4]])
 
@@ -27,6 +27,10 @@ def test_a_fresh_prefix_or_prompt_is_the_model_that_has_read_its_tokens(make_mod
     tokens = random_tokens(make_model(name), made.tokens, 3, mode)
     read = torch.cat([tokens.expand(2, -1), IDS], dim=1)
     expected = make_model(name)(input_ids=read, use_cache=False).logits[:, made.tokens :]
+    if refused_by_oldest(name, mode):
+        with pytest.raises(ModelError, match="PEFT does not know this architecture well enough"):
+            made.attach(make_model(name), 3)
+        return
     adapted = made.attach(make_model(name), 3)
     found = adapted(input_ids=IDS, use_cache=False).logits[:, -IDS.shape[1] :]
     # fp32: the same sums in other batch shapes. Logits reach about 10, a unit in the last place of which is 1e-6

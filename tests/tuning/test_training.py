@@ -15,6 +15,8 @@ from zotune.tasks.scoring import OptionScorer
 from zotune.tuning import MODES, describe_mode, make_mode, mode_of
 from zotune.tuning.full import kind_of
 
+from .conftest import refused_by_oldest
+
 IDS = torch.tensor([[5, 6, 7, 8], [9, 3, 1, 4]])
 BATCH = [Encoded([5, 6, 7], ([9], [11]), 0), Encoded([8, 3], ([9], [11]), 1), Encoded([4, 4, 2, 1], ([9], [11]), 1)]
 RAGGED = [Encoded([5, 6, 7], ([9, 2], [11]), 0), Encoded([8, 3], ([9], [11, 5, 1]), 1)]
@@ -112,6 +114,8 @@ def test_a_ledgers_header_is_enough_to_attach_again_and_replay(make_model, mode,
 def test_adapters_are_saved_in_the_standard_folder(make_model, mode, name, tmp_path):
     import peft
 
+    if refused_by_oldest(name, mode):
+        pytest.skip("zotune refuses this prefix with these versions")
     model = attached(make_model, mode, name, torch.float32)
     expected = model(input_ids=IDS, use_cache=False).logits
     model.save_pretrained(tmp_path)

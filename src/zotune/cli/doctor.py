@@ -11,7 +11,7 @@ from rich.table import Table
 
 from zotune.cache import cache_folder
 from zotune.kernels.dispatch import KernelError, choice_for
-from zotune.packaged import ALIAS
+from zotune.packaged import ALIAS, packaged_model_place
 from zotune.precision import choose_precision, native_bf16
 from zotune.version import __version__
 
@@ -22,6 +22,7 @@ OPTIONAL = (
     ("gguf", "demo", "the packaged model"),
     ("peft", "hf", "LoRA, prefix and prompt tuning"),
     ("datasets", "hf", "rows from the hub"),
+    ("trl", "trl", "zotune.hf: SFT and DPO trainers"),
     ("lm_eval", "eval", "zotune evaluate --harness"),
     ("matplotlib", "plot", "curves of a run"),
 )
@@ -30,6 +31,7 @@ OPTIONAL = (
 def show_doctor() -> None:
     """Print versions, devices and features."""
     console = Console()
+    fetched = (packaged_model_place() / "config.json").is_file()
     facts = {
         "zotune": __version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -39,7 +41,9 @@ def show_doctor() -> None:
         "precision 'auto' on the CPU": choose_precision("auto", torch.device("cpu")).reason,
         **_kernels(),
         "cache": f"{cache_folder()}{'' if cache_folder().is_dir() else ' (not made yet)'}",
-        f"packaged model {ALIAS}": "converted" if _converted() else "not fetched yet; the first run does it",
+        f"packaged model {ALIAS}": "converted"
+        if (packaged_model_place() / "config.json").is_file()
+        else "not fetched yet; the first run does it",
     }
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in facts.items():
@@ -76,7 +80,3 @@ def _library(name: str, extra: str, purpose: str) -> str:
     if importlib.util.find_spec(name) is None:
         return f'off: {purpose}. Install it with pip install "zotune\\[{extra}]"'
     return f"{importlib.metadata.version(name)}: {purpose}"
-
-
-def _converted() -> bool:
-    return cache_folder().is_dir() and any(cache_folder().glob("*smollm2*/config.json"))

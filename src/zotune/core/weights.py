@@ -4,6 +4,7 @@ Directions of table noise are drawn, added and rounded by the kernels in one pas
 added to full-precision values a chunk at a time, which gives the same bits.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
@@ -82,14 +83,17 @@ class Weights:
 
     def perturb_many(self, slot: Slot, part: Site, points: Sequence[Direction], outs: Sequence[Tensor]) -> None:
         """outs[k] = round(value + points[k]), the same bits as `perturb` of each; none of them is the stored tensor."""
-        drawn = [table_terms(point, part) if _dense(slot, part, outs) else None for point in points]
+        drawn: list[tuple[Term, ...] | None] = [None] * len(points)
+        if _dense(slot, part, outs):
+            drawn = [table_terms(point, part) for point in points]
         waiting = [k for k, terms in enumerate(drawn) if terms]
         while waiting:  # those that are one draw, with either sign, are written together
             first = drawn[waiting[0]]
             assert first
-            signs = {k: _opposite(drawn[k] or (), first) for k in waiting}
-            _in_one_pass(slot, part, first, [(outs[k], sign) for k, sign in signs.items() if sign is not None])
-            waiting = [k for k, sign in signs.items() if sign is None]
+            signs = [_opposite(drawn[k] or (), first) for k in waiting]
+            together = [(outs[k], sign) for k, sign in zip(waiting, signs, strict=True) if sign is not None]
+            _in_one_pass(slot, part, first, together)
+            waiting = [k for k, sign in zip(waiting, signs, strict=True) if sign is None]
         for point, out, terms in zip(points, outs, drawn, strict=True):
             if not terms:
                 self.perturb(slot, part, point, out)
@@ -122,8 +126,7 @@ def _dense(slot: Slot, part: Site, outs: Sequence[Tensor]) -> bool:
     whole = slot.tensor
     if type(whole) not in PLAIN_MEMORY or not whole.is_contiguous() or whole.numel() != slot.site.count:
         return False
-    like = whole.dtype, whole.device
-    return all((out.dtype, out.device) == like and out.is_contiguous() for out in outs)
+    return all(out.dtype == whole.dtype and out.device == whole.device and out.is_contiguous() for out in outs)
 
 
 def _in_one_pass(slot: Slot, part: Site, terms: tuple[Term, ...], outs: Sequence[tuple[Tensor, float]]) -> None:
@@ -157,13 +160,33 @@ def _values(slot: Slot, part: Site) -> Tensor:
 
 def _opposite(terms: tuple[Term, ...], first: tuple[Term, ...]) -> float | None:
     """1.0 if these terms are the first ones, -1.0 if they are its one term with the other sign, None otherwise."""
-    if len(terms) != len(first) or any((a.key, a.book) != (b.key, b.book) for a, b in zip(terms, first, strict=True)):
+    if terms is first:
+        return 1.0
+    if len(terms) != len(first):
         return None
-    if any(isinstance(term.scale, Tensor) and term.scale.device.type != "cpu" for term in (*terms, *first)):
-        # Not read on the host: the same object is the same number.
-        return 1.0 if all(a.scale is b.scale for a, b in zip(terms, first, strict=True)) else None
-    scales, firsts = [float(term.scale) for term in terms], [float(term.scale) for term in first]
-    if [scale.hex() for scale in scales] == [scale.hex() for scale in firsts]:  # 0.0 is not -0.0 here
+    same = True
+    for a, b in zip(terms, first, strict=True):
+        if a.key != b.key or a.book != b.book:
+            return None
+        same = same and _same_number(a.scale, b.scale)
+    if same:
         return 1.0
     # A sum of several that cancels is +0.0 for both signs, so a pair of such sums is not a sum and its negative.
-    return -1.0 if len(terms) == 1 and scales[0] == -firsts[0] else None
+    return -1.0 if len(terms) == 1 and _negative(terms[0].scale, first[0].scale) else None
+
+
+def _same_number(one: float | Tensor, other: float | Tensor) -> bool:
+    """0.0 is not -0.0 here. What lies on a GPU is not read: the same object is the same number."""
+    if one is other:
+        return True
+    if _unread(one) or _unread(other):
+        return False
+    return float(one) == float(other) and math.copysign(1.0, one) == math.copysign(1.0, other)
+
+
+def _negative(one: float | Tensor, other: float | Tensor) -> bool:
+    return not (_unread(one) or _unread(other)) and float(one) == -float(other)
+
+
+def _unread(scale: float | Tensor) -> bool:
+    return isinstance(scale, Tensor) and scale.device.type != "cpu"

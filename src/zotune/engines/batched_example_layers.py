@@ -20,6 +20,7 @@ from zotune.core.site import Site
 from zotune.core.weights import Slot
 from zotune.engines.batched_calls import Unsuited, flatten
 from zotune.engines.batched_modules import SHARED, Copied, Wave
+from zotune.engines.forms import occurring
 from zotune.kernels.workspace import workspace
 
 PIECE = 1 << 22  # elements of u at once
@@ -241,7 +242,7 @@ class ExampleEmbedding(ExampleCopied):
             raise Unsuited(f"{type(self.module).__name__} gets an input without a row per example")
         own = F.embedding(first, slot.tensor)
         turned, ratios, of_rows, of_columns = self.turns("weight", own)
-        distinct, places = torch.unique(first, return_inverse=True)
+        distinct, places = occurring(first)
         u = turned.made(slot.site.take(distinct), own.dtype, own.device).view(distinct.numel(), -1)
         points, examples, width = len(ratios), len(of_rows), own.shape[-1]
         if shared:

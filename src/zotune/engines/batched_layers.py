@@ -18,6 +18,7 @@ from zotune.core.workspace import workspace
 from zotune.engines.batched_calls import Unsuited, writes_to
 from zotune.engines.batched_low_rank import Thin, ThinProducts, thin_terms
 from zotune.engines.batched_modules import AT_ONCE, SHARED, Copied, Wave
+from zotune.engines.forms import occurring
 
 
 class CopiedEmbedding(Copied):
@@ -26,7 +27,7 @@ class CopiedEmbedding(Copied):
     def answer(self, first: Tensor, *args: Any, **kwargs: Any) -> Any:
         """See `Copied.answer`."""
         slot, copies = self.slots["weight"], self.wave.copies
-        distinct, places = torch.unique(first, return_inverse=True)  # (k,)
+        distinct, places = occurring(first)  # (k,)
         table = self.values("weight", slot.site.take(distinct), (distinct.numel(), slot.site.width))
         if self.each != SHARED:
             offsets = torch.arange(copies, device=first.device) * distinct.numel()

@@ -24,9 +24,19 @@ MIN_NUMEL = 1 << 22  # smaller weights are not worth cutting up
 
 def embedding_rows(module: nn.Module, site: Site, perturbed: Perturbed, limit: int, ids: Tensor) -> Tensor:
     """nn.Embedding: perturb only the rows that occur."""
-    rows, positions = torch.unique(ids, return_inverse=True)
+    rows, positions = occurring(ids)
     values = perturbed(site.take(rows), (rows.numel(), site.width))
     return F.embedding(positions, values)
+
+
+def occurring(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that hold every number in `ids`, (k,), and where in them each one is. On a GPU numbers may be repeated: how many
+    distinct ones there are is not known there without waiting for it.
+    """
+    if ids.is_cuda:
+        return ids.reshape(-1), torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+    rows, positions = torch.unique(ids, return_inverse=True)
+    return rows, positions
 
 
 def linear_chunks(module: nn.Module, site: Site, perturbed: Perturbed, limit: int, x: Tensor) -> Tensor:

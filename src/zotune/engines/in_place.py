@@ -100,7 +100,7 @@ def refuse_standing_still(
 
     Equal losses alone are no fault (accuracy is a step function), nor are reads that were not seen (a compiled model).
     """
-    if len(points) > 1 and len(set(answers)) == 1 and len(unread) == len(weights.slots):
+    if len(points) > 1 and len(unread) == len(weights.slots) and len({float(answer) for answer in answers}) == 1:
         raise ClosureError(
             f"The loss is {answers[0]!r} at {len(points)} different points, and the closure reads none of the "
             f"{len(weights.slots)} trained tensors: perturbing them changes nothing. Does the closure run the model "

@@ -106,7 +106,7 @@ class AdaptiveScales(Base):
         v = _on_groups(ctx.gaussian(), groups, {k: math.sqrt(square) for k, square in squares.items()})
         plus, minus = ctx.loss([+ctx.eps * v, -ctx.eps * v])
         rho = (plus - minus) / (2 * ctx.eps)
-        return Estimate(rho * v, (plus + minus) / 2, {"rho": float(rho)})
+        return Estimate(rho * v, (plus + minus) / 2, {"rho": rho})
 
     def observe(self, ctx: Context, estimate: Estimate) -> None:
         """Take what an exploring step found into the means."""

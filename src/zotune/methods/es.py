@@ -86,7 +86,7 @@ class ES(Base):
         losses = ctx.loss([ctx.eps * z_i for z_i in z])
         c, logged = SHAPINGS[self.shaping](self, losses, ctx.eps)
         g = sum(((c_i / self.n) * z_i for c_i, z_i in zip(c, z, strict=True)), Combination())
-        return Estimate(g, logged, {"spread": float(losses.std())})
+        return Estimate(g, logged, {"spread": losses.std()})
 
     def _compared(self, losses: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Coefficients that are differences of losses over eps, and the mean loss."""

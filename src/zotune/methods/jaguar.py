@@ -80,4 +80,4 @@ class Jaguar(Base):
             rho = (plus - minus) / (2 * eps)
             g += (rho / (self.n * share)) * z
             loss += (plus + minus) / (2 * self.n)
-        return Estimate(g, loss, {"rho": float(rho)})
+        return Estimate(g, loss, {"rho": rho})

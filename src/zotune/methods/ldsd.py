@@ -126,7 +126,7 @@ class LDSD(Base):
         rho = (plus - minus) / (2 * eps)
         self._lesson = self._step_of_mean(losses, VARIANTS[self.variant](u, draw)) if self._mu else Combination()
         length = self._shortening(ctx, v[best]) if self.normalise else 1.0
-        return Estimate((rho * length) * v[best], (plus + minus) / 2, {"rho": float(rho)})
+        return Estimate((rho * length) * v[best], (plus + minus) / 2, {"rho": rho})
 
     def observe(self, ctx: Context, estimate: Estimate) -> None:
         """Remember how the mean is to move. It moves later: the weights are about to go along v with the old mean."""

@@ -48,14 +48,14 @@ class MeZO(Base):
         return self._central(ctx) if self.sides == 2 else self._forward(ctx)
 
     def _central(self, ctx: Context) -> Estimate:
-        g, loss, eps = Combination(), 0.0, ctx.eps
-        for _ in range(self.n):
-            z = ctx.gaussian()
-            plus, minus = ctx.loss([+eps * z, -eps * z])
-            rho = (plus - minus) / (2 * eps)
-            g += (rho / self.n) * z
-            loss += (plus + minus) / (2 * self.n)
-        return Estimate(g, loss, {"rho": rho})
+        eps = ctx.eps
+        z = [ctx.gaussian() for _ in range(self.n)]
+        losses = ctx.loss([point for each in z for point in (+eps * each, -eps * each)])
+        rho = (losses[0::2] - losses[1::2]) / (2 * eps)  # (n,)
+        g = Combination()
+        for slope, each in zip(rho, z, strict=True):
+            g += (slope / self.n) * each
+        return Estimate(g, losses.mean(), {"rho": rho[-1]})
 
     def _forward(self, ctx: Context) -> Estimate:
         g, eps = Combination(), ctx.eps

@@ -134,4 +134,4 @@ class Pizo(Base):
         else:
             plus, minus = ctx.loss([+eps * v, -eps * v])
         rho = (plus - minus) / (2 * eps)
-        return Estimate(rho * v, (plus + minus) / 2, {"rho": float(rho)})
+        return Estimate(rho * v, (plus + minus) / 2, {"rho": rho})

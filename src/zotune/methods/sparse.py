@@ -98,7 +98,7 @@ class Sparse(Base):
             rho = (plus - minus) / (2 * eps)
             g += (rho / self.n) * z
             loss += (plus + minus) / (2 * self.n)
-        return Estimate(g, loss, {"rho": float(rho)})
+        return Estimate(g, loss, {"rho": rho})
 
     def state_dict(self) -> dict[str, Any]:
         """The densities of the tensors; where they are all the same there is nothing to keep."""

@@ -95,7 +95,7 @@ class ZOFineTuner(Base):
         eps = ctx.eps
         plus, minus = ctx.loss([+eps * v, -eps * v])
         rho = (plus - minus) / (2 * eps)
-        return Estimate(rho * v, (plus + minus) / 2, {"rho": float(rho), **info})
+        return Estimate(rho * v, (plus + minus) / 2, {"rho": rho, **info})
 
     def observe(self, ctx: Context, estimate: Estimate) -> None:
         """Remember what the networks read in the next step: the sigmas without nf, and the losses in the order +, -."""
