@@ -41,9 +41,7 @@ def show_doctor() -> None:
         "precision 'auto' on the CPU": choose_precision("auto", torch.device("cpu")).reason,
         **_kernels(),
         "cache": f"{cache_folder()}{'' if cache_folder().is_dir() else ' (not made yet)'}",
-        f"packaged model {ALIAS}": "converted"
-        if (packaged_model_place() / "config.json").is_file()
-        else "not fetched yet; the first run does it",
+        f"packaged model {ALIAS}": "converted" if fetched else "not fetched yet; the first run does it",
     }
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in facts.items():
