@@ -249,9 +249,12 @@ def test_nothing_to_do(native):
     same(copy, stored)
 
 
+MARK = 64  # bytes
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_temporary_the_size_of_the_tensor(native, dtype):
-    """The compiled kernels need 8 KB a term; pure torch works in five buffers of 2**18 elements (a megabyte of fp32)."""
+    """The compiled kernels ask torch for nothing (they have 16 KB a term of their own); pure torch works in five buffers of 2**18 elements (a megabyte of fp32)."""
     count = 1 << 22
     stored, plus, minus = (torch.zeros(count, dtype=dtype) for _ in range(3))
     carried = torch.zeros(count, dtype=torch.int16) if dtype == torch.bfloat16 else None
@@ -267,8 +270,9 @@ def test_no_temporary_the_size_of_the_tensor(native, dtype):
         workspace._local.__dict__.clear()
         reference.local.__dict__.clear()
         all_of_it(backend)
+        torch.empty(MARK, dtype=torch.uint8)  # something at least, or the instrument says that it does not work
 
-    assert peak_bytes(lambda: with_fresh_buffers(native)) <= 2 * 32 * 64 * 4 + 64
+    assert peak_bytes(lambda: with_fresh_buffers(native)) <= MARK
     assert 1 << 20 < peak_bytes(lambda: with_fresh_buffers(REFERENCE)) < 12 << 20
 
 

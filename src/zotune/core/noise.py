@@ -11,7 +11,7 @@ id and the element's block number are the Philox counter (`kernels.philox`). Kin
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -84,8 +84,7 @@ def check_kind(kind: str) -> str:
 
 def run_of(site: Site, device: torch.device) -> Run:
     """The elements that a site means, as the kernels are told."""
-    rows = None if site.rows is None else site.rows.to(device)
-    return Run(site.id, site.start, site.count, rows, site.width)
+    return site.run if site.rows is None else replace(site.run, rows=site.rows.to(device))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 
 from torch import Tensor
+
+from zotune.kernels.contract import Run
 
 # Wrappers put these components into a parameter's name; they say nothing about the tensor.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -60,15 +62,20 @@ class Site:
         if self.count < 0:
             object.__setattr__(self, "count", prod(self.shape) - self.start)
 
-    @property
+    @cached_property
     def id(self) -> int:
         """64 bits that stand for the name."""
         return site_id(self.name)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Elements in one row (one index of the first dimension)."""
         return prod(self.shape[1:])
+
+    @cached_property
+    def run(self) -> Run:
+        """The elements meant, as the kernels are told."""
+        return Run(self.id, self.start, self.count, self.rows, self.width)
 
     @property
     def numel(self) -> int:

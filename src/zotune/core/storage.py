@@ -40,6 +40,8 @@ class Slot:
 
 def select(whole: Tensor, site: Site, part: Site) -> Tensor:
     """The part of a tensor that holds `site`: a flat view for a run, a copy for rows."""
+    if part is site and whole.is_contiguous():
+        return whole.view(-1)
     if part.rows is not None:
         return whole[part.rows]
     if part.count == site.count and not whole.is_contiguous():

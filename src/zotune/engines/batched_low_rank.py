@@ -78,6 +78,7 @@ class ThinProducts:
     def __init__(self) -> None:
         self.into = self.out = self._columns = _NOTHING  # (in, K'), (K, out), (C, 1, K)
         self._which: list[slice] | None = None  # the columns of `into` that each term takes
+        self._repeated = 1  # terms that all take the same ones
         self._kept: list[Tensor] = []
 
     def ready(self, thin: Thin, first: int, last: int, like: Tensor, known: dict[Any, Tensor]) -> None:
@@ -93,7 +94,9 @@ class ThinProducts:
         if not _same_objects(self._kept, thin.inputs) or self.into.dtype != like.dtype:
             self._kept, self.into = thin.inputs, _side_by_side(thin.inputs, like)
         self.out = _side_by_side(thin.outputs, like).t()
-        self._which = None if thin.which is None else [_block(thin.inputs, place) for place in thin.which]
+        self._repeated = len(thin.outputs) if len(thin.inputs) == 1 else 1
+        many = thin.which is not None and self._repeated == 1
+        self._which = [_block(thin.inputs, place) for place in thin.which or ()] if many else None
         self._columns = _columns(thin, first, last, like, known)
 
     def done(self) -> None:
@@ -112,11 +115,10 @@ class ThinProducts:
             inner = torch.mm(_as(x, out), _as(self.into, out))
         if self._which is not None:
             inner = torch.cat([inner[:, block] for block in self._which], 1)
-        copies, columns = self._columns.shape[0], inner.shape[1]
-        inner = torch.mul(
-            inner.view(copies, -1, columns), self._columns, out=torch.empty_like(inner).view(copies, -1, columns)
-        )
-        out.addmm_(inner.view(-1, columns), _as(self.out, out))
+        copies, terms, width = self._columns.shape[0], self._repeated, inner.shape[1]
+        scaled = torch.empty((copies, inner.shape[0] // copies, terms, width), dtype=inner.dtype, device=inner.device)
+        torch.mul(inner.view(copies, -1, 1, width), self._columns.view(copies, 1, terms, width), out=scaled)
+        out.addmm_(scaled.view(-1, terms * width), _as(self.out, out))
 
 
 _NOTHING = torch.empty(0)

@@ -85,7 +85,8 @@ class Layerwise:
         self._hooks: Hooks = ()
         self._met: set[str] = set()
         self._scratch = Scratch()
-        self._fill = torch.compiler.disable(self._fill)  # type: ignore[method-assign, no-untyped-call]  # dynamo's noise differs
+        # a form is a forward, which may get compiled; dynamo's noise differs
+        self._fill_piece = torch.compiler.disable(self._fill)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------------------------------------------------------
     # Answering
@@ -205,11 +206,13 @@ class Layerwise:
         if torch.compiler.is_compiling():  # the closure itself is compiled, and this hook with it: look again
             self._compiled = self._strange = True
             return
-        replaced: Replaced = []
-        self._running.append((module, replaced))
         looked = self._modes.get(id(module))
         if looked is not None and module.training not in looked[1]:
             self._strange = True
+        if not module._parameters:
+            return
+        replaced: Replaced = []
+        self._running.append((module, replaced))
         for attribute, parameter in module._parameters.items():
             slot = self.weights.by_tensor.get(id(parameter))
             if slot is None or parameter is None:
@@ -221,7 +224,7 @@ class Layerwise:
                 replaced.append((attribute, parameter, scratch))
 
     def _leave(self, module: nn.Module, args: Any = (), output: Any = None) -> None:
-        if torch.compiler.is_compiling() or not self._running or self._running[-1][0] is not module:
+        if not self._running or self._running[-1][0] is not module or torch.compiler.is_compiling():
             return
         _, replaced = self._running.pop()
         if not replaced:
@@ -245,6 +248,9 @@ class Layerwise:
         return scratch
 
     def _fill(self, slot: Slot, part: Site, out: Tensor) -> None:
+        if self._audit is None and not torch.is_grad_enabled():
+            self.weights.perturb(slot, part, self._point, out)
+            return
         paused = self._audit.paused() if self._audit is not None else nullcontext()
         with torch.no_grad(), paused:  # the closure may have turned gradients on
             self.weights.perturb(slot, part, self._point, out)
@@ -262,7 +268,7 @@ class Layerwise:
                 if self._tangents:
                     return dual(slot, part, shape, self._point)
                 out = workspace("piece", part.numel, slot.tensor.dtype, slot.tensor.device).view(shape)
-                self._fill(slot, part, out)
+                self._fill_piece(slot, part, out)
                 return out
 
             def forward(

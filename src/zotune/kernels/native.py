@@ -9,6 +9,7 @@ its compiler need a C++ compiler where the program runs.
 import ctypes
 import struct
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -39,6 +40,7 @@ class MissingError(Exception):
     """The compiled kernels cannot be used; the message says why."""
 
 
+_ROOM = 8 * BASE_ROWS * WIDTH  # bytes for one term
 _JOB = "PPPPQqqqiiiiPP"  # the structs of native.c, padding included
 _TERM = "IIiid"
 _OUT = "Pq"
@@ -177,10 +179,8 @@ class NativeBackend(Composed):
         if not (meant and outs):
             return
         rows = None if run.rows is None else run.rows.to("cpu", torch.int64).contiguous()
-        precision = torch.float64 if stored.dtype == torch.float64 else torch.float32
-        scaled = workspace("scaled", len(terms) * BASE_ROWS * WIDTH, precision, stored.device)
         job = _layout(len(terms), len(outs)).pack(
-            scaled.data_ptr(),
+            _room(len(terms)),
             stored.data_ptr(),
             0 if carried is None else carried.data_ptr(),
             0 if rows is None else rows.data_ptr(),
@@ -202,6 +202,18 @@ class NativeBackend(Composed):
             _written(out)
         if kind == BF16_SPLIT and carried is not None:
             _written(carried)
+
+
+_rooms = threading.local()
+
+
+def _room(terms: int) -> int:
+    """The address of this thread's room for each term's scaled base rows, in any precision."""
+    held = getattr(_rooms, "held", None)
+    if held is None or len(held) < terms * _ROOM:
+        held = _rooms.held = ctypes.create_string_buffer(terms * _ROOM + 64)
+    address = ctypes.addressof(held)
+    return address + -address % 64
 
 
 def _check(tensor: Tensor, dtype: torch.dtype, count: int) -> None:
