@@ -254,7 +254,8 @@ MARK = 64  # bytes
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_temporary_the_size_of_the_tensor(native, dtype):
-    """The compiled kernels ask torch for nothing (they have 16 KB a term of their own); pure torch works in five buffers of 2**18 elements (a megabyte of fp32)."""
+    """The compiled kernels ask torch for nothing: they have 16 KB a term of their own. Pure torch works in five buffers of
+    2**18 elements (a megabyte of fp32)."""
     count = 1 << 22
     stored, plus, minus = (torch.zeros(count, dtype=dtype) for _ in range(3))
     carried = torch.zeros(count, dtype=torch.int16) if dtype == torch.bfloat16 else None
