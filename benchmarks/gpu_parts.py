@@ -16,10 +16,9 @@ from common import make_closure
 
 import zotune
 from zotune.engines import ENGINES
-from zotune.kernels.contract import Run, Term
+from zotune.kernels.contract import Item, Run, Term
 from zotune.kernels.reference import ReferenceBackend
-from zotune.kernels.triton_many import Item, ManyUpdates
-from zotune.kernels.triton_noise import TritonBackend
+from zotune.kernels.triton_many import Triton
 
 triton_version = triton.__version__
 GOALS = {"step": 1.15, "low_rank": 1.0, "memory": 0.01}
@@ -43,7 +42,7 @@ def check(arguments: argparse.Namespace) -> dict[str, int]:
     runs = [Run(3 << 40, start, count) for start in (0, 12_345, (1 << 41) + 8)] + [Run(3 << 40, 0, 0, rows, width)]
     compared = 0
     for dtype, books, run in product((torch.float32, torch.bfloat16, torch.float16), BOOKS, runs[2 * arguments.dry :]):
-        ours = moved(TritonBackend(), arguments.device, dtype, books, run)
+        ours = moved(Triton(), arguments.device, dtype, books, run)
         theirs = moved(ReferenceBackend(), "cpu", dtype, books, run)
         for mine, other in zip(ours, theirs, strict=True):
             compared += mine.numel()
@@ -66,7 +65,7 @@ def check_many(device: str, dtype: torch.dtype) -> int:
             carried = None if dtype == torch.float32 else torch.zeros(size, dtype=torch.int16, device=place)
             items.append(Item(stored, carried, k, [Term((1, 2), "normal", 1e-3)]))
         sets.append(items)
-    ManyUpdates(TritonBackend()).update(sets[0])
+    Triton().update_many(sets[0])
     for mine, other in zip(*sets, strict=True):
         ReferenceBackend().update(other.stored, other.carried, Run(other.site, 0, other.stored.numel()), other.terms)
         if not torch.equal(mine.stored.cpu(), other.stored):
@@ -94,7 +93,7 @@ def moved(backend: Any, device: str, dtype: torch.dtype, books: list[str], run: 
 def kernels(arguments: argparse.Namespace) -> dict[str, Any]:
     """GB/s of each kernel, and its share of a copy's."""
     count, device = arguments.numbers, arguments.device
-    backend, run = TritonBackend(), Run(3 << 40, 0, count)
+    backend, run = Triton(), Run(3 << 40, 0, count)
     table: dict[str, Any] = {}
     for dtype in (torch.bfloat16, torch.float32):
         stored, size = torch.zeros(count, dtype=dtype, device=device), dtype.itemsize
@@ -115,7 +114,7 @@ def kernels(arguments: argparse.Namespace) -> dict[str, Any]:
             Item(tensor, low_bits, k, four[:1])
             for k, (tensor, low_bits) in enumerate(cut(stored, carried, 2 if arguments.dry else 256))
         ]
-        many = ManyUpdates(backend)
+        many = backend.many
         made |= {
             "normal, update of 4 streams": (
                 2 * (size + low),

@@ -261,12 +261,14 @@ class ZO(torch.optim.Optimizer):
             later = self.folding.take(estimate.direction, self.rule.trial, self.param_groups, *where)
         self.weights.low_precision.begin(self.seed, self.step_number)
         displacement = getattr(self.rule, "displacement", None)  # a rule of one's own need not have it
+        moves = []
         for group in self.param_groups:
             for parameter in group["params"]:
                 slot = self.weights.by_tensor[id(parameter)]
                 if slot.site.name not in later:
                     along = None if displacement is None else displacement(slot.site, estimate, group)
-                    self.weights.update(slot, partial(self._change, estimate, group, self.state[parameter]), along)
+                    moves.append((slot, partial(self._change, estimate, group, self.state[parameter]), along))
+        self.weights.update_all(moves)
 
     def _change(
         self, estimate: Estimate, group: dict[str, Any], state: dict[str, Any], values: Tensor, part: Site

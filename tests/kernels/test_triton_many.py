@@ -7,7 +7,8 @@ from tests.support.triton import DEVICES, backend, kernels
 from zotune.core.direction import Noise
 from zotune.core.noise import stream
 from zotune.core.weights import Weights
-from zotune.kernels.contract import Run, Term
+from zotune.kernels.contract import Item, Run, Term
+from zotune.kernels.dispatch import using
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.parametrize("device", DEVICES)
@@ -25,10 +26,9 @@ def model(dtype):
 
 
 def items(device, weights, terms):
-    many = kernels(device).many
     copies = {slot.site.name: (slot.tensor.to(device, copy=True), slot.carried) for slot in weights}
     return [
-        many.Item(
+        Item(
             stored, None if carried is None else carried.to(device, copy=True), weights.slots[name].site.id, terms(name)
         )
         for name, (stored, carried) in copies.items()
@@ -90,7 +90,7 @@ def test_tensors_that_moved_are_found(device):
     terms = [Term((1, 2), "normal", 1.0)]
     for _ in range(3):
         tensors = [torch.zeros(64, device=device) for _ in range(3)]
-        updates.update([kernels(device).many.Item(t, None, 5, terms) for t in tensors])
+        updates.update([Item(t, None, 5, terms) for t in tensors])
         assert all(t.any() for t in tensors)
         del tensors
         _ = torch.zeros(640, device=device)
@@ -99,9 +99,27 @@ def test_tensors_that_moved_are_found(device):
 def test_addresses_that_are_no_multiples_of_16(device):
     updates = kernels(device).many.ManyUpdates(backend(device))
     whole = torch.zeros(65, device=device)
-    item = kernels(device).many.Item(whole[1:], None, 5, [Term((1, 2), "normal", 1.0)])
+    item = Item(whole[1:], None, 5, [Term((1, 2), "normal", 1.0)])
     updates.update([item])
     expected = torch.zeros(64, device=device)
     backend(device).add(expected, Run(5, 0, 64), item.terms)
     assert torch.equal(whole[1:], expected)
     assert whole[0] == 0
+
+
+def test_a_step_of_the_optimizer_is_one_launch(device):
+    """What `Weights.update_all` hands over together; the same bits as one tensor after the other."""
+    made, expected = model(torch.bfloat16), model(torch.bfloat16)
+    for slot in made:
+        slot.tensor.data = slot.tensor.data.to(device)
+    z = -1e-3 * Noise(stream(0, "z"))
+    changes = [(slot, lambda w, part: z.add_to(w, part), z) for slot in made]
+    triton = backend(device)
+    with using(triton, torch.device(device).type):
+        made.update_all(changes)
+    for slot in expected:
+        expected.update(slot, lambda w, part: z.add_to(w, part))
+    for slot, other in zip(made, expected, strict=True):
+        assert torch.equal(slot.tensor.cpu(), other.tensor), slot.site.name
+        assert torch.equal(slot.carried.cpu(), other.carried), slot.site.name
+    assert triton.many.launches == 2  # all that fit, and the odd one

@@ -42,4 +42,4 @@ def kernels(device):
 @lru_cache(maxsize=2)
 def backend(device):
     """The Triton back end for tensors on a device."""
-    return kernels(device).noise.TritonBackend()
+    return kernels(device).many.Triton()

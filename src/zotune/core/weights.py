@@ -18,7 +18,7 @@ from zotune.core.noise import CHUNK, run_of
 from zotune.core.site import Site
 from zotune.core.storage import LOW_PRECISION, STORAGES, Carried, Exact, Slot, Stochastic, select
 from zotune.core.workspace import workspace
-from zotune.kernels.contract import Term
+from zotune.kernels.contract import Item, Term
 from zotune.kernels.dispatch import backend_for
 
 __all__ = ["LOW_PRECISION", "STORAGES", "Carried", "Change", "Slot", "Stochastic", "Weights"]
@@ -98,6 +98,17 @@ class Weights:
             if not terms:
                 self.perturb(slot, part, point, out)
 
+    def update_all(self, moves: Iterable[tuple[Slot, Change, Direction | None]]) -> None:
+        """`update` of many tensors: those that move along table noise together, in one launch on a GPU."""
+        together: dict[torch.device, list[Item]] = {}
+        for slot, change, along in moves:
+            if (item := _as_item(slot, along)) is not None:
+                together.setdefault(slot.tensor.device, []).append(item)
+            else:
+                self.update(slot, change)
+        for device, items in together.items():
+            backend_for(device).update_many(items)
+
     def update(self, slot: Slot, change: Change, along: Direction | None = None) -> None:
         """Apply a change to the full-precision values of one site.
 
@@ -106,12 +117,9 @@ class Weights:
             change: changes the values of a part in place.
             along: if all that `change` does is to add this direction, then it may be added in one pass instead.
         """
-        if along is not None and isinstance(slot.storage, Carried) and _dense(slot, slot.site, []):
-            terms = table_terms(along, slot.site)
-            if terms:
-                run, device = run_of(slot.site, slot.tensor.device), slot.tensor.device
-                backend_for(device).update(slot.tensor.view(-1), slot.storage.low_bits(slot).view(-1), run, terms)
-                return
+        if (item := _as_item(slot, along)) is not None:
+            item.apply(backend_for(slot.tensor.device).update)
+            return
         if isinstance(slot.storage, Exact):
             change(slot.tensor, slot.site)
             return
@@ -119,6 +127,17 @@ class Weights:
             values = slot.storage.read(slot, piece, _values(slot, piece))
             change(values, piece)
             slot.storage.write(slot, piece, values)
+
+
+def _as_item(slot: Slot, along: Direction | None) -> Item | None:
+    """What the kernels need to know to add a direction; None if they cannot."""
+    if along is None or not isinstance(slot.storage, (Carried, Exact)) or not _dense(slot, slot.site, []):
+        return None
+    terms = table_terms(along, slot.site)
+    if not terms:
+        return None
+    low = slot.storage.low_bits(slot) if isinstance(slot.storage, Carried) else None
+    return Item(slot.tensor, low, slot.site.id, terms)
 
 
 def _dense(slot: Slot, part: Site, outs: Sequence[Tensor]) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from zotune.kernels.contract import Run, Term
+from zotune.kernels.contract import Item, Run, Term
 from zotune.kernels.halves import JOIN, SPLIT
 from zotune.kernels.workspace import workspace
 
@@ -80,6 +80,11 @@ class Composed(ABC):
         for offset, count, (held, low) in chunks(run, stored, carried):
             values = widened(held, low, buffer).add_(sums(offset, count))
             SPLIT[held.dtype](values, held, low)
+
+    def update_many(self, items: Sequence[Item]) -> None:
+        """See `Backend.update_many`."""
+        for item in items:
+            item.apply(self.update)
 
 
 def chunks(run: Run, *tensors: Tensor) -> Iterator[tuple[int, int, Sequence[Tensor]]]:

@@ -8,7 +8,7 @@ value with one rounding; nothing is contracted into a fused multiply-add. Precis
             (`core.weights` defines how), or what is stored alone where nothing is carried
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,6 +37,24 @@ class Run:
     width: int = 0
 
 
+Update = Callable[[Tensor, Tensor | None, Run, Sequence[Term]], None]  # `Backend.update`
+
+
+@dataclass(frozen=True)
+class Item:
+    """One whole tensor, and what is added to its values."""
+
+    stored: Tensor  # contiguous
+    carried: Tensor | None  # int16, for bf16 and fp16
+    site: int  # 64-bit id
+    terms: Sequence[Term]
+
+    def apply(self, update: Update) -> None:
+        """By a call of its own."""
+        flat, carried = self.stored.view(-1), None if self.carried is None else self.carried.view(-1)
+        update(flat, carried, Run(self.site, 0, flat.numel()), self.terms)
+
+
 class Backend(Protocol):
     """One implementation. Tensors are flat and contiguous, on one device."""
 
@@ -62,4 +80,8 @@ class Backend(Protocol):
 
     def update(self, stored: Tensor, carried: Tensor | None, run: Run, terms: Sequence[Term]) -> None:
         """value += sum of terms, kept in `stored` and `carried` (bf16, fp16: both are written), or in `stored` (fp32, fp64)."""
+        ...
+
+    def update_many(self, items: Sequence[Item]) -> None:
+        """`update` of many whole tensors on one device, in any order."""
         ...

@@ -73,10 +73,10 @@ def _cuda(forced: bool) -> Choice:
     if find_spec("triton") is None:
         return Choice(ReferenceBackend(), "pure torch: triton is not installed")
     try:
-        from zotune.kernels.triton_noise import TritonBackend  # noqa: PLC0415 - imports triton
+        from zotune.kernels.triton_many import Triton  # noqa: PLC0415 - imports triton
     except ImportError as error:
         return Choice(ReferenceBackend(), f"pure torch: triton does not load ({error})")
-    return Choice(TritonBackend(), "Triton kernels")
+    return Choice(Triton(), "Triton kernels")
 
 
 def _other(forced: bool) -> Choice:

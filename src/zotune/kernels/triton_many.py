@@ -6,27 +6,16 @@ tensors stay where they are. Tensors whose address or number of elements is no m
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zotune.kernels.contract import Run, Term
+from zotune.kernels.contract import Item, Term
 from zotune.kernels.triton_jit import TILE, update_many
 from zotune.kernels.triton_noise import KINDS, OPTIONS, TritonBackend, book_of, numbers, on, signed, written
 
 KEPT = 16  # tables of addresses that are kept
-
-
-@dataclass(frozen=True)
-class Item:
-    """One whole tensor, and what is added to its values."""
-
-    stored: Tensor  # contiguous
-    carried: Tensor | None  # int16, for bf16 and fp16
-    site: int  # 64-bit id
-    terms: Sequence[Term]
 
 
 class ManyUpdates:
@@ -46,8 +35,7 @@ class ManyUpdates:
                 kind = (item.stored.device, item.stored.dtype, len(item.terms), book_of(item.terms))
                 groups.setdefault(kind, []).append(item)
             elif item.stored.numel() and item.terms:
-                flat, carried = item.stored.view(-1), None if item.carried is None else item.carried.view(-1)
-                self.backend.update(flat, carried, Run(item.site, 0, flat.numel()), item.terms)
+                item.apply(self.backend.update)
                 self.launches += 1
         for (device, dtype, count, book), members in groups.items():
             self._launch(members, device, dtype, count, book)
@@ -95,6 +83,18 @@ class ManyUpdates:
             if len(self._places) > KEPT:
                 self._places.popitem(last=False)
         return self._places[key]
+
+
+class Triton(TritonBackend):
+    """Table noise on a CUDA device. See `kernels.contract.Backend`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.many = ManyUpdates(self)
+
+    def update_many(self, items: Sequence[Item]) -> None:
+        """See `Backend.update_many`: one launch for each dtype and number of terms."""
+        self.many.update(items)
 
 
 def _fits(item: Item) -> bool:

@@ -53,7 +53,7 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 
 class TritonBackend:
-    """Table noise on a CUDA device."""
+    """Table noise on a CUDA device, one tensor a launch. `kernels.triton_many.Triton` is the whole back end."""
 
     name = "triton"
 
