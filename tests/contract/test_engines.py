@@ -42,7 +42,7 @@ models = pytest.mark.parametrize("name", CASES)
 def small_pieces(monkeypatch):
     """Cut Linear layers of 32 numbers and more into pieces of 32, as is done with those of millions."""
     monkeypatch.setattr("zotune.engines.forms.MIN_NUMEL", 32)
-    monkeypatch.setattr("zotune.engines.layerwise.MIN_NUMEL", 32)
+    monkeypatch.setattr("zotune.engines.swapping.MIN_NUMEL", 32)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -499,7 +499,7 @@ def test_memory_of_a_large_head_and_embedding(monkeypatch):
     """M13: a tied matrix of 8 MiB, in pieces of 1 MiB, is never copied whole: below 4 pieces."""
     piece = 1 << 18  # elements
     monkeypatch.setattr("zotune.engines.forms.MIN_NUMEL", piece)
-    monkeypatch.setattr("zotune.engines.layerwise.MIN_NUMEL", piece)
+    monkeypatch.setattr("zotune.engines.swapping.MIN_NUMEL", piece)
     embed, head = nn.Embedding(8192, 256), nn.Linear(256, 8192, bias=False)
     head.weight = embed.weight
     model, ids = nn.Sequential(embed, head), torch.randint(0, 8192, (4,))

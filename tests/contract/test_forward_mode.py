@@ -36,7 +36,7 @@ models = pytest.mark.parametrize("name", [name for name in CASES if name not in 
 def small_pieces(monkeypatch):
     """As in test_engines: Linear layers of 32 numbers and more are cut into pieces."""
     monkeypatch.setattr("zotune.engines.forms.MIN_NUMEL", 32)
-    monkeypatch.setattr("zotune.engines.layerwise.MIN_NUMEL", 32)
+    monkeypatch.setattr("zotune.engines.swapping.MIN_NUMEL", 32)
 
 
 def z_of(name="t"):
@@ -316,7 +316,7 @@ def test_memory_of_a_slope_with_a_large_vocabulary(monkeypatch):
     """A tied matrix of 8 MiB in pieces of 1 MiB: its tangent never exists as a whole."""
     piece = 1 << 18  # elements
     monkeypatch.setattr("zotune.engines.forms.MIN_NUMEL", piece)
-    monkeypatch.setattr("zotune.engines.layerwise.MIN_NUMEL", piece)
+    monkeypatch.setattr("zotune.engines.swapping.MIN_NUMEL", piece)
     embed, head = nn.Embedding(8192, 256), nn.Linear(256, 8192, bias=False)
     head.weight = embed.weight
     model, ids = nn.Sequential(embed, head), torch.randint(0, 8192, (4,))

@@ -169,7 +169,7 @@ def blind_audit(patch):
 
 def scratch_reused_too_early(patch):
     """A buffer goes back although the module handed it out."""
-    patch.setattr("zotune.engines.layerwise.memory_of", lambda tensor: object())
+    patch.setattr("zotune.engines.swapping.memory_of", lambda tensor: object())
     patch.setattr("zotune.engines.layerwise.compare_engines", lambda *_: 0)
 
 
