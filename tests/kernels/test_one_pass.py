@@ -167,6 +167,11 @@ POINTS = {
     "two sizes": ([0.1 * A, 0.2 * A], [("perturb", [1.0])] * 2),
     "sums of both signs": ([0.1 * A + B, -0.1 * A - B], [("perturb", [1.0])] * 2),
     "others among them": ([0.1 * A, 0.1 * GAUSSIAN, -0.1 * A], [("perturb", [1.0, -1.0])]),
+    "another stream": ((0.1 * A, -0.1 * Noise(stream(0, "other"))), [("perturb", [1.0]), ("perturb", [1.0])]),
+    "another book of the stream": (
+        (0.1 * A, -0.1 * Noise(A.source, "rademacher")),
+        [("perturb", [1.0]), ("perturb", [1.0])],
+    ),
 }
 
 
