@@ -128,3 +128,24 @@ def test_forms_are_found_by_what_modules_offer():
     assert form_for(scorer.token_scores, slot.site) is row_products
     scorer.token_scores.forward = lambda asked: None  # somebody else's, such as a device hook's
     assert form_for(scorer.token_scores, slot.site) is None
+
+
+@pytest.mark.parametrize("kind", ["normal", "gaussian"])
+def test_scratch_has_no_history_where_the_closure_turns_gradients_on(kind):
+    """Copying a stored tensor that wants gradients into scratch would begin a graph, which lives as long as the loss."""
+    layer = torch.nn.Linear(4, 3)
+    seen = []
+
+    def closure():
+        with torch.enable_grad():
+            answer = layer(torch.ones(1, 4)).square().sum()
+            seen.append(layer.weight.grad_fn)
+        return answer.detach()
+
+    layer.register_forward_pre_hook(lambda module, args: seen.append(module.weight.grad_fn))
+    engine = Layerwise(Weights(list(layer.named_parameters())))
+    z = Noise(stream(0, "z"), kind)
+    with torch.no_grad():  # as in a step
+        engine.losses([1e-2 * z, -1e-2 * z], closure, 0)
+    assert seen
+    assert all(history is None for history in seen)
