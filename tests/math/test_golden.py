@@ -50,6 +50,7 @@ RUNS = {
     "blockwise, each": {"method": "blockwise", "method_options": {"level": "tensor", "update": "each"}},
     "es": {"method": "es"},
     "fzoo": {"method": "fzoo", "lr": 2.0**-12},
+    "adaptive_scales": {"method": "adaptive_scales", "method_options": {"explore": 2}},
 }
 # subzero, lozo and pgap are not here: their small factors are exact normals and decompositions, whose last bits may
 # differ between machines. zo_finetuner has tanh in it, and forward_grad needs a model.
