@@ -3,36 +3,17 @@
 import json
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tests.support.tiny_folder import BAD, GOOD, save_tiny_model
 from typer.testing import CliRunner
 
 from zotune.cli.app import app
-
-GOOD, BAD = ("a gripping film", "what a joy", "great songs"), ("a dull film", "what a bore", "terrible songs")
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """(model folder, data folder)"""
     model_folder, data = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("data")
-    bare = Tokenizer(models.BPE())
-    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<end>"],
-        show_progress=False,
-    )
-    bare.train_from_iterator([f"{text} It was great terrible" for text in GOOD + BAD] * 4, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<end>").save_pretrained(model_folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(model_folder)
+    save_tiny_model(model_folder)
     for split, count in (("train", 24), ("validation", 12)):
         rows = [{"sentence": (GOOD if i % 2 else BAD)[i % 3], "label": i % 2} for i in range(count)]
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

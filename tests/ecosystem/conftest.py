@@ -5,33 +5,14 @@ import warnings
 
 import pytest
 import torch
-
-GOOD, BAD = ("a gripping film", "what a joy", "great songs"), ("a dull film", "what a bore", "terrible songs")
+from tests.support.tiny_folder import BAD, GOOD, save_tiny_model
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """The folder of a causal language model, as `save_pretrained` writes it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     made = tmp_path_factory.mktemp("model")
-    bare = Tokenizer(models.BPE())
-    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<end>"],
-        show_progress=False,
-    )
-    bare.train_from_iterator([f"{text} It was great terrible" for text in GOOD + BAD] * 4, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<end>").save_pretrained(made)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(made)
+    save_tiny_model(made)
     return made
 
 
