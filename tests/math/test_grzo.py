@@ -94,6 +94,10 @@ def test_forwards_and_what_goes_into_the_ledger():
     opt.step(lambda: losses(dict(named)))
     assert opt.forwards == GRZO().forwards == 2
     assert len(opt.last.losses) == 8
+    plus, minus = opt.last.losses[:4], opt.last.losses[4:]
+    mean = sum(a - b for a, b in zip(plus, minus, strict=True)) / 4
+    # what the log shows: the mean slope. Sums of four fp64 numbers in another order
+    assert float(opt.last.estimate.info["rho"]) == pytest.approx(mean / (2 * opt.param_groups[0]["eps"]), rel=1e-12)
     assert opt.engine.check_forwards == 1 + 2 * 3, "a look, and three more forwards at each point"
 
 
