@@ -18,7 +18,7 @@ from zotune.core.ledger import Ledger, sites_hash
 from zotune.core.noise import check_kind, stream
 from zotune.core.site import Site
 from zotune.core.step import Closure, Engine, Method, Outcome, Rule, settle
-from zotune.core.weights import Weights
+from zotune.core.weights import Change, Slot, Weights
 from zotune.engines import make_engine
 from zotune.folding import Folding
 from zotune.methods import make_method
@@ -260,14 +260,15 @@ class ZO(torch.optim.Optimizer):
             where = self.seed, self.step_number
             later = self.folding.take(estimate.direction, self.rule.trial, self.param_groups, *where)
         self.weights.low_precision.begin(self.seed, self.step_number)
-        displacement = getattr(self.rule, "displacement", None)  # a rule of one's own need not have it
-        moves = []
+        displacements = getattr(self.rule, "displacements", None)  # a rule of one's own need not have it
+        moves: list[tuple[Slot, Change, Direction | None]] = []
         for group in self.param_groups:
-            for parameter in group["params"]:
-                slot = self.weights.by_tensor[id(parameter)]
-                if slot.site.name not in later:
-                    along = None if displacement is None else displacement(slot.site, estimate, group)
-                    moves.append((slot, partial(self._change, estimate, group, self.state[parameter]), along))
+            slots = [self.weights.by_tensor[id(parameter)] for parameter in group["params"]]
+            slots = [slot for slot in slots if slot.site.name not in later]
+            sites = [slot.site for slot in slots]
+            along = [None] * len(slots) if displacements is None else displacements(sites, estimate, group)
+            changes = [partial(self._change, estimate, group, self.state[slot.tensor]) for slot in slots]
+            moves.extend(zip(slots, changes, along, strict=True))
         self.weights.update_all(moves)
 
     def _change(

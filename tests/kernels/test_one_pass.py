@@ -208,7 +208,7 @@ def test_perturb_many_has_the_bits_of_perturb(scales, two):
 
 def sgd_step(made, slot, direction, along, group):
     rule, estimate = SGD(), Estimate(direction, 0.0)
-    displacement = rule.displacement(slot.site, estimate, group) if along else None
+    displacement = rule.displacements([slot.site], estimate, group)[0] if along else None
     made.update(slot, lambda w, part: rule(w, part, estimate, group, {}), displacement)
 
 
@@ -238,7 +238,9 @@ def test_sgd_in_one_pass_is_one_call(counting):
 def test_when_sgd_is_more_than_a_displacement():
     estimate, site = Estimate(1.0 * A, 0.0), SimpleNamespace(name="w")
     rule = SGD()
-    assert rule.displacement(site, estimate, {"lr": 0.0, "weight_decay": 0.0}) is None
-    assert rule.displacement(site, estimate, {"lr": 1.0, "weight_decay": 0.1}) is None
     norm = SimpleNamespace(name="norm.weight")  # not decayed
-    assert rule.displacement(norm, estimate, {"lr": 1.0, "weight_decay": 0.1}) is not None
+    assert rule.displacements([site, norm], estimate, {"lr": 0.0, "weight_decay": 0.0}) == [None, None]
+    decayed, moved = rule.displacements([site, norm], estimate, {"lr": 1.0, "weight_decay": 0.1})
+    assert decayed is None and moved is not None
+    one, other = rule.displacements([site, norm], estimate, {"lr": 1.0, "weight_decay": 0.0})
+    assert one is other is not None  # so that kernels take it for one

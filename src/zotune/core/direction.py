@@ -8,6 +8,7 @@ estimate is one too, which is why it needs no memory.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ class Direction(ABC):
     def touches(self, site: Site) -> bool:
         """False if this direction is zero on the site, so that engines may leave it alone."""
         return True
+
+    @property
+    def uniform(self) -> bool:
+        """Whether `leaves` says the same of every site, so that it need be asked once for all tensors."""
+        return False
 
     def leaves(self, site: Site, scale: Scalar = 1.0) -> Leaves | None:
         """The direction on one site as a flat sum, for engines and kernels that do more than add it.
@@ -83,6 +89,11 @@ class Noise(Direction):
 
     source: Stream
     kind: str = "normal"
+
+    @property
+    def uniform(self) -> bool:
+        """See `Direction.uniform`."""
+        return True
 
     def add_to(self, out: Tensor, site: Site, scale: Scalar = 1.0) -> None:
         """See `Direction.add_to`."""
@@ -137,6 +148,11 @@ class Combination(Direction):
 
     terms: tuple[tuple[Scalar, Direction], ...] = field(default=())
 
+    @cached_property
+    def uniform(self) -> bool:  # type: ignore[override]
+        """See `Direction.uniform`."""
+        return all(inner.uniform for _, inner in self.terms)
+
     def add_to(self, out: Tensor, site: Site, scale: Scalar = 1.0) -> None:
         """See `Direction.add_to`. Several terms are summed in a small buffer first, so `out` is rounded once."""
         terms = [(scale * coefficient, inner) for coefficient, inner in self.terms if inner.touches(site)]
@@ -188,7 +204,15 @@ def table_terms(direction: Direction, site: Site, scale: Scalar = 1.0) -> tuple[
 
     Adding these terms is the same as `direction.add_to(out, site, scale)`, bit for bit; () where it is zero.
     """
-    leaves = direction.leaves(site, scale)
+    if not (isinstance(direction, Combination) and direction.uniform and isinstance(scale, float) and scale == 1.0):
+        return _as_terms(direction.leaves(site, scale))
+    kept: dict[str, tuple[Term, ...] | None] = vars(direction)  # where its cached properties are, too
+    if "terms_anywhere" not in kept:
+        kept["terms_anywhere"] = _as_terms(direction.leaves(site))
+    return kept["terms_anywhere"]
+
+
+def _as_terms(leaves: Leaves | None) -> tuple[Term, ...] | None:
     if leaves is None:
         return None
     terms = []

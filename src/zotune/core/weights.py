@@ -24,6 +24,7 @@ from zotune.kernels.dispatch import backend_for
 __all__ = ["LOW_PRECISION", "STORAGES", "Carried", "Change", "Slot", "Stochastic", "Weights"]
 
 Change = Callable[[Tensor, Site], None]  # changes full-precision values of a part of a site in place
+Grouped = tuple[list[tuple[tuple[Term, ...], list[tuple[int, float]]]], list[int]]
 PLAIN_MEMORY = (Tensor, Parameter)  # subclasses may keep their numbers elsewhere
 
 
@@ -45,6 +46,7 @@ class Weights:
             raise ParameterError("Two names hash to the same 64 bits; rename one of the tensors.")
         _refuse_shared_memory(self.slots.values())
         self.by_tensor = {id(slot.tensor): slot for slot in self.slots.values()}
+        self._draws = _Draws()
 
     def __iter__(self) -> Iterator[Slot]:
         return iter(self.slots.values())
@@ -83,20 +85,13 @@ class Weights:
 
     def perturb_many(self, slot: Slot, part: Site, points: Sequence[Direction], outs: Sequence[Tensor]) -> None:
         """outs[k] = round(value + points[k]), the same bits as `perturb` of each; none of them is the stored tensor."""
-        drawn: list[tuple[Term, ...] | None] = [None] * len(points)
+        rest: Sequence[int] = range(len(points))
         if _dense(slot, part, outs):
-            drawn = [table_terms(point, part) for point in points]
-        waiting = [k for k, terms in enumerate(drawn) if terms]
-        while waiting:  # those that are one draw, with either sign, are written together
-            first = drawn[waiting[0]]
-            assert first
-            signs = [_opposite(drawn[k] or (), first) for k in waiting]
-            together = [(outs[k], sign) for k, sign in zip(waiting, signs, strict=True) if sign is not None]
-            _in_one_pass(slot, part, first, together)
-            waiting = [k for k, sign in zip(waiting, signs, strict=True) if sign is None]
-        for point, out, terms in zip(points, outs, drawn, strict=True):
-            if not terms:
-                self.perturb(slot, part, point, out)
+            draws, rest = self._draws.of(points, part)
+            for terms, signs in draws:
+                _in_one_pass(slot, part, terms, [(outs[k], sign) for k, sign in signs])
+        for k in rest:
+            self.perturb(slot, part, points[k], outs[k])
 
     def update_all(self, moves: Iterable[tuple[Slot, Change, Direction | None]]) -> None:
         """`update` of many tensors: those that move along table noise together, in one launch on a GPU."""
@@ -175,6 +170,35 @@ def _refuse_shared_memory(slots: Iterable[Slot]) -> None:
 
 def _values(slot: Slot, part: Site) -> Tensor:
     return workspace("values", part.numel, torch.float32, slot.tensor.device)
+
+
+class _Draws:
+    """How points are written with as few draws as can be. Asked the same for tensor after tensor: the answer is kept."""
+
+    def __init__(self) -> None:
+        self._points: Sequence[Direction] = ()
+        self._answer: Grouped = ([], [])
+
+    def of(self, points: Sequence[Direction], part: Site) -> Grouped:
+        """Draws: terms, and which points are these terms with which sign. And the points that are not of table noise."""
+        if points is self._points:
+            return self._answer
+        made = _grouped(points, part)
+        if isinstance(points, tuple) and all(point.uniform for point in points):
+            self._points, self._answer = points, made
+        return made
+
+
+def _grouped(points: Sequence[Direction], part: Site) -> Grouped:
+    drawn = [table_terms(point, part) for point in points]
+    waiting = [k for k, terms in enumerate(drawn) if terms]
+    draws = []
+    while waiting:  # those that are one draw, with either sign, are written together
+        first = drawn[waiting[0]] or ()
+        signs = [(k, _opposite(drawn[k] or (), first)) for k in waiting]
+        draws.append((first, [(k, sign) for k, sign in signs if sign is not None]))
+        waiting = [k for k, sign in signs if sign is None]
+    return draws, [k for k, terms in enumerate(drawn) if not terms]
 
 
 def _opposite(terms: tuple[Term, ...], first: tuple[Term, ...]) -> float | None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zotune.core.weights import Slot
-from zotune.core.workspace import workspace
 from zotune.engines.batched_calls import Unsuited, writes_to
 from zotune.engines.batched_low_rank import Thin, ThinProducts, thin_terms
 from zotune.engines.batched_modules import AT_ONCE, SHARED, Copied, Wave
@@ -102,7 +101,7 @@ class CopiedLinear(Copied):
         pieces: list[Tensor] = []
         for start in range(0, copies, AT_ONCE):
             group = range(start, min(start + AT_ONCE, copies))
-            scratch = [_scratch(place, like) for place in range(len(group))]
+            scratch = self.wave.matrices(like)[: len(group)]
             self.fill("weight", slot.site, group, scratch)
             for matrix, copy in zip(scratch, group, strict=True):
                 own = bias if biases is None else biases[copy]
@@ -140,10 +139,6 @@ class CopiedLinear(Copied):
         wave.leader, wave.input, wave.version = self, first, writes_to(first)
         wave.products = {id(each): piece for each, piece in zip(group, pieces, strict=True)}
         return wave.products.pop(id(self))
-
-
-def _scratch(place: int, like: Tensor) -> Tensor:
-    return workspace(f"copy {place}", like.numel(), like.dtype, like.device).view(like.shape)
 
 
 class CopiedConv1D(CopiedLinear):

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_unflatten
 from zotune.core.direction import Direction
 from zotune.core.site import Site
 from zotune.core.weights import Slot, Weights
+from zotune.core.workspace import workspace
 from zotune.engines.batched_calls import Answer, Unsuited, flatten, unflatten
 
 SHARED = "shared"
@@ -32,6 +33,9 @@ class Wave:
     last: int = 0
     sizes: dict[str, int] = field(default_factory=dict)  # rows of one copy: "examples" and "tokens"
     looking: bool = False  # the same rows as when the model was looked at
+    groups: dict[tuple[int, range], tuple[Direction, ...]] = field(default_factory=dict)  # by first and copies
+    grouped: Sequence[Direction] = ()  # of these points
+    scratch: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict)  # on the CPU, by shape and dtype
     columns: dict[Any, Tensor] = field(default_factory=dict)  # scales of low-rank terms, the same for many matrices
     input: Tensor | None = None  # of the last linear layer; the layers that follow may share it
     version: int = 0  # how often it had been written to
@@ -39,8 +43,30 @@ class Wave:
     leader: Any = None  # the first of them
 
     def forget(self) -> None:
-        """Hold no activations."""
+        """Hold no activations, no scratch and no points."""
         self.input = self.products = self.leader = None
+        self.grouped = ()
+        self.groups.clear()
+        self.scratch.clear()
+
+    def matrices(self, like: Tensor) -> tuple[Tensor, ...]:
+        """AT_ONCE uninitialised tensors like this one, valid until they are asked for again."""
+        made = self.scratch.get((like.shape, like.dtype)) if like.is_cpu else None
+        if made is None:
+            flat = [workspace(f"copy {k}", like.numel(), like.dtype, like.device) for k in range(AT_ONCE)]
+            made = tuple(each.view(like.shape) for each in flat)
+            if like.is_cpu:  # views of two buffers; other devices would keep memory of its own for each shape
+                self.scratch[like.shape, like.dtype] = made
+        return made
+
+    def group(self, copies: range) -> tuple[Direction, ...]:
+        """The points of some of the copies: the same object each time, by which `Weights` knows it again."""
+        key = (self.first, copies)
+        if self.grouped is not self.points:
+            self.groups, self.grouped = {}, self.points
+        if key not in self.groups:
+            self.groups[key] = tuple(self.points[self.first + copy] for copy in copies)
+        return self.groups[key]
 
     @property
     def copies(self) -> int:
@@ -129,16 +155,16 @@ class Copied:
         self.fill(attribute, part, range(self.wave.copies), list(out))
         return out
 
-    def fill(self, attribute: str, part: Site, copies: Sequence[int], outs: Sequence[Tensor]) -> None:
+    def fill(self, attribute: str, part: Site, copies: range, outs: Sequence[Tensor]) -> None:
         """Write a part of a tensor at some of the points."""
         wave, slot, moved = self.wave, self.slots[attribute], self.moved[attribute]
-        numbers = [wave.first + copy for copy in copies]
-        if all(moved[number] for number in numbers):
-            wave.weights.perturb_many(slot, part, [wave.points[number] for number in numbers], outs)
+        points = wave.group(copies)
+        if all(moved) or all(moved[wave.first + copy] for copy in copies):
+            wave.weights.perturb_many(slot, part, points, outs)
             return
-        for number, out in zip(numbers, outs, strict=True):
-            if moved[number]:
-                wave.weights.perturb(slot, part, wave.points[number], out)
+        for copy, point, out in zip(copies, points, outs, strict=True):
+            if moved[wave.first + copy]:
+                wave.weights.perturb(slot, part, point, out)
             else:
                 out.copy_(slot.stored(part).view(out.shape))
 

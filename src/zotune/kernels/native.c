@@ -33,6 +33,14 @@ typedef struct {
     int64_t minus;          /* subtract the sum */
 } Out;
 
+/* A whole tensor that is updated beside others. */
+typedef struct {
+    void *stored;
+    int16_t *carried;       /* or NULL */
+    uint64_t site;
+    int64_t count;
+} Place;
+
 /* What native.py packs: a Job, its Terms, its Outs. */
 typedef struct {
     void *scaled;           /* room for BASE * ROW numbers of each term, in the precision of the sums */
@@ -177,16 +185,60 @@ static void scale_rows(const Job *job) {
     }
 }
 
-void zotune_run(const char *packed, int threads) {
+static Job unpacked(const char *packed) {
     Job job;
     memcpy(&job, packed, sizeof(Job));
     job.term = (const Term *)(packed + sizeof(Job));
     job.out = (const Out *)(job.term + job.terms);
     scale_rows(&job);
+    return job;
+}
+
+void zotune_run(const char *packed, int threads) {
+    Job job = unpacked(packed);
     if (threads > 1 && parallel)
         parallel(share, &job, (unsigned)threads, 0);
     else
         WORK[level](&job, 0, job.count);
+}
+
+typedef struct {
+    const Job *common;      /* kind and terms of all of them */
+    const Place *place;
+    int64_t places, blocks;
+} Many;
+
+/* Part `me` of `team` equal parts of the blocks of all places. */
+static void update_part(const Many *many, int64_t me, int64_t team) {
+    const int64_t from = me * many->blocks / team, to = (me + 1) * many->blocks / team;
+    int64_t before = 0; /* blocks of the places so far */
+    for (int64_t p = 0; p < many->places && before < to; p++) {
+        const Place *place = many->place + p;
+        const int64_t blocks = (place->count + BLOCK - 1) / BLOCK;
+        const int64_t low = from > before ? from - before : 0, high = to - before < blocks ? to - before : blocks;
+        before += blocks;
+        if (low >= high) continue;
+        const Out out = {place->stored, 0};
+        Job job = *many->common;
+        job.stored = place->stored;
+        job.carried = place->carried;
+        job.site = place->site;
+        job.out = &out;
+        WORK[level](&job, low * BLOCK, high * BLOCK < place->count ? high * BLOCK : place->count);
+    }
+}
+
+static void share_many(void *data) { update_part((const Many *)data, thread_number(), team_size()); }
+
+/* Add the terms of a Job, whose own tensors are not used, to whole tensors. */
+void zotune_update_many(const char *packed, const Place *place, int64_t places, int threads) {
+    const Job job = unpacked(packed);
+    Many many = {&job, place, places, 0};
+    for (int64_t p = 0; p < places; p++) many.blocks += (place[p].count + BLOCK - 1) / BLOCK;
+    if (threads > 1 && parallel)
+        parallel(share_many, &many, (unsigned)threads, 0);
+    else
+        update_part(&many, 0, 1);
 }
 
 static void count_team(void *data) {
@@ -201,4 +253,4 @@ int zotune_team(int threads) {
 }
 
 /* Raised with every change of Job, Term or of what a function means: native.py refuses any other. */
-int zotune_abi(void) { return 1; }
+int zotune_abi(void) { return 2; }

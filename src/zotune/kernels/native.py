@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -22,12 +21,12 @@ from torch import Tensor
 
 from zotune.kernels.codebook import BASE_ROWS, WIDTH, integer_rows
 from zotune.kernels.composed import Composed, Sums
-from zotune.kernels.contract import Run, Term
+from zotune.kernels.contract import Item, Run, Term
 from zotune.kernels.openmp import find_runtime
 from zotune.kernels.reference import ReferenceBackend
 from zotune.kernels.workspace import workspace
 
-ABI = 1  # what `zotune_abi` of native.c must say
+ABI = 2  # what `zotune_abi` of native.c must say
 MOST_TERMS = 256  # of one call, as in native.c; more go through the reference
 BOOKS = {"normal": 0, "rademacher": 1}
 EXACT = {torch.float32: 0, torch.float64: 1}
@@ -41,15 +40,10 @@ class MissingError(Exception):
 
 
 _ROOM = 8 * BASE_ROWS * WIDTH  # bytes for one term
-_JOB = "PPPPQqqqiiiiPP"  # the structs of native.c, padding included
-_TERM = "IIiid"
-_OUT = "Pq"
-
-
-@lru_cache(maxsize=64)
-def _layout(terms: int, outs: int) -> struct.Struct:
-    """A job with its terms and its outs behind it."""
-    return struct.Struct("@" + _JOB + terms * _TERM + outs * _OUT)
+_JOB = struct.Struct("@PPPPQqqqiiiiPP")  # the structs of native.c, padding included
+_TERM = struct.Struct("@IIiid")
+_OUT = struct.Struct("@Pq")
+_PLACE = struct.Struct("@PPQq")
 
 
 def compiled_file() -> Path:
@@ -85,6 +79,8 @@ def load(path: Path) -> ctypes.CDLL:
         raise MissingError(f"{path.name} was compiled from another version of zotune. Reinstall zotune")
     library.zotune_run.argtypes = [ctypes.c_char_p, ctypes.c_int]
     library.zotune_run.restype = None
+    library.zotune_update_many.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int]
+    library.zotune_update_many.restype = None
     library.zotune_level(-1)
     return library
 
@@ -99,7 +95,8 @@ class NativeBackend(Composed):
         base = np.ascontiguousarray(integer_rows()[:BASE_ROWS].astype(np.int8))  # those with no sign changed
         library.zotune_codebook(base.ctypes.data_as(ctypes.c_void_p))
         self._reference = ReferenceBackend()
-        self._run = library.zotune_run
+        self._run, self._update_many = library.zotune_run, library.zotune_update_many
+        self._packed: tuple[Sequence[Term], bytes] = ((), b"")  # the last terms: the same for most tensors of a model
         self.runtime = find_runtime()
         if self.runtime.addresses:
             library.zotune_threads(*(ctypes.c_void_p(address) for address in self.runtime.addresses))
@@ -154,6 +151,46 @@ class NativeBackend(Composed):
         else:
             super().update(stored, carried, run, terms)
 
+    def update_many(self, items: Sequence[Item]) -> None:
+        """See `Backend.update_many`: one call for all that move along the same terms."""
+        alike: dict[tuple[int, int], list[Item]] = {}
+        for item in items:
+            kind = EXACT.get(item.stored.dtype, BF16_SPLIT if item.carried is not None else -1)
+            if kind < 0 or item.stored.dtype == torch.float16 or not self._takes(item.terms):
+                item.apply(self.update)
+            else:
+                alike.setdefault((kind, id(item.terms)), []).append(item)
+        for (kind, _), group in alike.items():
+            self._update_together(kind, group)
+
+    def _update_together(self, kind: int, items: Sequence[Item]) -> None:
+        places, written, total = bytearray(), [], 0
+        for item in items:
+            _check(item.stored, item.stored.dtype, item.stored.numel())
+            written.append(item.stored)
+            address, count = 0, item.stored.numel()
+            if item.carried is not None:
+                _check(item.carried, torch.int16, count)
+                written.append(item.carried)
+                address = item.carried.data_ptr()
+            places += _PLACE.pack(item.stored.data_ptr(), address, item.site, count)
+            total += count
+        terms = items[0].terms
+        job = _JOB.pack(_room(len(terms)), 0, 0, 0, 0, 0, 0, 0, kind, len(terms), 1, 0, 0, 0)
+        threads = _threads(total * len(terms))
+        self._update_many(job + self._terms(terms) + _OUT.pack(0, 0), bytes(places), len(items), threads)
+        _written(written)
+
+    def _terms(self, terms: Sequence[Term]) -> bytes:
+        known, packed = self._packed
+        if known is terms:
+            return packed
+        made = [_TERM.pack(*term.key, BOOKS[term.book], 0, float(term.scale)) for term in terms]
+        packed = b"".join(made)
+        if isinstance(terms, tuple) and not any(isinstance(term.scale, Tensor) for term in terms):
+            self._packed = (terms, packed)  # of what cannot change
+        return packed
+
     def _takes(self, terms: Sequence[Term]) -> bool:
         return 0 < len(terms) <= MOST_TERMS
 
@@ -168,18 +205,16 @@ class NativeBackend(Composed):
     ) -> None:
         meant = run.count if run.rows is None else run.rows.numel() * run.width
         _check(stored, stored.dtype, meant)
-        packed: list[float] = []
-        for term in terms:
-            packed += (*term.key, BOOKS[term.book], 0, float(term.scale))
+        places = b""
         for out, sign in outs:
             _check(out, stored.dtype, meant)
-            packed += (out.data_ptr(), sign < 0)
+            places += _OUT.pack(out.data_ptr(), sign < 0)
         if carried is not None:
             _check(carried, torch.int16, meant)
         if not (meant and outs):
             return
         rows = None if run.rows is None else run.rows.to("cpu", torch.int64).contiguous()
-        job = _layout(len(terms), len(outs)).pack(
+        job = _JOB.pack(
             _room(len(terms)),
             stored.data_ptr(),
             0 if carried is None else carried.data_ptr(),
@@ -194,14 +229,18 @@ class NativeBackend(Composed):
             0,
             0,
             0,
-            *packed,
         )
-        worth = 1 + meant * len(terms) // WORTH_A_THREAD
-        self._run(job, 1 if worth == 1 else min(torch.get_num_threads(), worth))
-        for out, _ in outs:
-            _written(out)
+        self._run(job + self._terms(terms) + places, _threads(meant * len(terms)))
+        written = [out for out, _ in outs]
         if kind == BF16_SPLIT and carried is not None:
-            _written(carried)
+            written.append(carried)
+        _written(written)
+
+
+def _threads(work: int) -> int:
+    """How many threads are worth waking for so many elements, counted once for each term."""
+    worth = 1 + work // WORTH_A_THREAD
+    return 1 if worth == 1 else min(torch.get_num_threads(), worth)
 
 
 _rooms = threading.local()
@@ -225,7 +264,6 @@ def _check(tensor: Tensor, dtype: torch.dtype, count: int) -> None:
         )
 
 
-def _written(tensor: Tensor) -> None:
+def _written(tensors: Sequence[Tensor]) -> None:
     """What torch's own operations in place do: autograd must know that the old values are gone."""
-    if not tensor.is_inference():
-        torch.autograd.graph.increment_version(tensor)
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])

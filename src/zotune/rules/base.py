@@ -39,12 +39,14 @@ class BaseRule:
         """See `Rule.prepare`."""
         return estimate
 
-    def displacement(self, site: Site, estimate: Estimate, group: dict[str, Any]) -> Direction | None:
-        """What a call would add to the values of a site, if adding a direction is all that it does there; else None.
+    def displacements(
+        self, sites: Sequence[Site], estimate: Estimate, group: dict[str, Any]
+    ) -> Sequence[Direction | None]:
+        """For each site what a call would add to its values, if adding a direction is all that it does there; else None.
 
         A rule that says it is called no more for such a site: the direction is added in one pass over the weights.
         """
-        return None
+        return [None] * len(sites)
 
     def trial(self, direction: Direction, group: dict[str, Any]) -> Direction:
         """See `Rule.trial`."""

@@ -1,5 +1,6 @@
 """SGD: w <- w - lr * (g + weight_decay * w)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,10 +19,13 @@ class SGD(BaseRule):
     name: ClassVar[str] = "sgd"
     offers: ClassVar[frozenset[str]] = frozenset({"trial"})
 
-    def displacement(self, site: Site, estimate: Estimate, group: dict[str, Any]) -> Direction | None:
+    def displacements(
+        self, sites: Sequence[Site], estimate: Estimate, group: dict[str, Any]
+    ) -> Sequence[Direction | None]:
         """-lr * g, unless the weight decays too."""
         lr = float(group["lr"])
-        return None if lr == 0.0 or shrinks(site, group) else -lr * estimate.direction
+        moved = None if lr == 0.0 else -lr * estimate.direction  # one for all, so that kernels read it once
+        return [None if shrinks(site, group) else moved for site in sites]
 
     def trial(self, direction: Direction, group: dict[str, Any]) -> Direction:
         """-lr * g"""
