@@ -50,15 +50,21 @@ def one_process(patch):
 
 
 def biased_variance(patch):
-    def moments(values):
-        mean, variance = profile.moments(values)
-        return mean, variance * (values.numel() - 1) / values.numel()
+    def moments_of(parts):
+        parts = list(parts)
+        mean, variance = profile.moments_of(parts)
+        n = sum(part.numel() for part in parts)
+        return mean, variance * (n - 1) / n
 
-    patch.setattr(module, "moments", moments)
+    patch.setattr(module, "moments_of", moments_of)
 
 
 def deviation_for_variance(patch):
-    patch.setattr(module, "moments", lambda values: (float(values.mean()), float(values.std())))
+    def moments_of(parts):
+        values = torch.cat([part.reshape(-1) for part in parts])
+        return float(values.mean()), float(values.std())
+
+    patch.setattr(module, "moments_of", moments_of)
 
 
 def perturbed_weights(patch):

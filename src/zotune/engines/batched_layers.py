@@ -98,15 +98,28 @@ class CopiedLinear(Copied):
     def _dense(self, rows: Tensor, slot: Slot, bias: Tensor | None, biases: Tensor | None) -> Tensor:
         """Copy by copy, with the matrix of each copy in scratch; two are made at a time."""
         copies, each, like = self.wave.copies, rows.shape[0] // self.wave.copies, slot.tensor
+        width = like.shape[1] if self.transposed else like.shape[0]
+        made = None if _casts(rows, like) else rows.new_empty(rows.shape[0], width)
         pieces: list[Tensor] = []
         for start in range(0, copies, AT_ONCE):
             group = range(start, min(start + AT_ONCE, copies))
             scratch = self.wave.matrices(like)[: len(group)]
             self.fill("weight", slot.site, group, scratch)
             for matrix, copy in zip(scratch, group, strict=True):
-                own = bias if biases is None else biases[copy]
-                pieces.append(self._product(rows[copy * each : (copy + 1) * each], matrix, own))
-        return torch.cat(pieces)
+                own, part = bias if biases is None else biases[copy], slice(copy * each, (copy + 1) * each)
+                if made is None:
+                    pieces.append(self._product(rows[part], matrix, own))
+                else:
+                    self._into(made[part], rows[part], matrix, own)
+        return torch.cat(pieces) if made is None else made
+
+    def _into(self, out: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | None) -> None:
+        """`_product`, the same bits, without a tensor of its own."""
+        turned = matrix if self.transposed else matrix.t()
+        if bias is None:
+            torch.mm(rows, turned, out=out)
+        else:
+            torch.addmm(bias, rows, turned, out=out)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Low-rank points
@@ -139,6 +152,11 @@ class CopiedLinear(Copied):
         wave.leader, wave.input, wave.version = self, first, writes_to(first)
         wave.products = {id(each): piece for each, piece in zip(group, pieces, strict=True)}
         return wave.products.pop(id(self))
+
+
+def _casts(rows: Tensor, matrix: Tensor) -> bool:
+    """Whether a product casts its factors, which products into a given tensor do not."""
+    return rows.dtype != matrix.dtype or torch.is_autocast_enabled(rows.device.type)
 
 
 class CopiedConv1D(CopiedLinear):

@@ -6,36 +6,46 @@ nf sigma_i is what noise on tensor i is multiplied with; equal sigmas give 1.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from zotune.core.noise import CHUNK
 from zotune.core.site import Site
+from zotune.core.workspace import workspace
 
 TOKENS = 15  # tokens per example that the released code reckons with
+PART = 1 << 18  # numbers read at once
+_PIECE = 1 << 15  # numbers worked on while they lie in the cache
 _ROW = 4096  # numbers summed at once: rows are summed whole by one thread
 
 
 def moments(values: Tensor) -> tuple[float, float]:
-    """Mean and unbiased variance of a tensor's numbers; the variance of a single number is 0.
+    """Mean and unbiased variance of a tensor's numbers; the variance of a single number is 0."""
+    return moments_of([values])
 
-    Summed in fp64 around the first number, in rows of fixed length, then exactly: the number of threads is not seen.
+
+def moments_of(parts: Iterable[Tensor]) -> tuple[float, float]:
+    """The same of a tensor that comes in parts, all but the last of them multiples of PART.
+
+    Summed in fp64 around the first number, in rows of fixed length, then exactly: neither parts nor threads are seen.
     """
-    flat = values.reshape(-1)
-    n = flat.numel()
+    n, pivot = 0, 0.0
+    first: list[Tensor] = []
+    second: list[Tensor] = []
+    for part in parts:
+        flat = part.reshape(-1)
+        pivot = float(flat[0]) if n == 0 and flat.numel() else pivot
+        n += flat.numel()
+        for piece in flat.split(_PIECE):
+            x = workspace("moments", len(piece), torch.float64, piece.device).copy_(piece).sub_(pivot)
+            rows = (torch.nn.functional.pad(x, (0, -len(x) % _ROW)) if len(x) % _ROW else x).view(-1, _ROW)
+            first.append(rows.sum(dim=1))
+            second.append(rows.square_().sum(dim=1))
     if n == 0:
         return 0.0, 0.0
-    pivot = float(flat[0])
-    first, second = [], []
-    for start in range(0, n, CHUNK):
-        x = flat[start : start + CHUNK].double() - pivot
-        rows = torch.nn.functional.pad(x, (0, -x.numel() % _ROW)).view(-1, _ROW)
-        first.append(rows.sum(dim=1))
-        second.append(rows.square_().sum(dim=1))
     sums = torch.cat(first + second).tolist()
-    s1, s2 = (_exact(part) for part in (sums[: len(sums) // 2], sums[len(sums) // 2 :]))
+    s1, s2 = (_exact(half) for half in (sums[: len(sums) // 2], sums[len(sums) // 2 :]))
     variance = max(s2 - s1 * s1 / n, 0.0) / (n - 1) if n > 1 else 0.0
     return pivot + s1 / n, variance
 

@@ -20,7 +20,7 @@ the factor of rho into 1/20 and 10 lr, which is the same step.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,7 +34,7 @@ from zotune.core.site import Site
 from zotune.finetuner.folder import load_folder
 from zotune.finetuner.names import MISSING, assign, shuffled
 from zotune.finetuner.networks import NUMBERS, Networks, untrained
-from zotune.finetuner.profile import counted, moments, rms
+from zotune.finetuner.profile import PART, counted, moments_of, rms
 from zotune.methods.base import Base
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -131,7 +131,7 @@ class ZOFineTuner(Base):
         """(k, 5) fp32: what the networks of the k tensors that have one are asked with, in the order of the tensors."""
         before = self._sigma.tolist()
         asked = [
-            [*moments(ctx.weight(ctx.sites[i])), *self._losses, before[i]]
+            [*moments_of(map(ctx.weight, _parts(ctx.sites[i]))), *self._losses, before[i]]
             for i, number in enumerate(self._index)
             if number is not None
         ]
@@ -182,6 +182,11 @@ class ZOFineTuner(Base):
             )
         self.digest = found
         return networks
+
+
+def _parts(site: Site) -> Iterator[Site]:
+    """A whole site in parts that are read one after the other, so that no copy of it is made."""
+    return (site.part(start, min(PART, site.count - start)) for start in range(0, site.count, PART))
 
 
 def _nothing(method: ZOFineTuner, names: list[str]) -> Networks:
