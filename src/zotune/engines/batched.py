@@ -26,7 +26,7 @@ from zotune.core.weights import Weights
 from zotune.engines.batched_calls import Unsuited
 from zotune.engines.batched_examples import ExampleRows
 from zotune.engines.batched_look import Watch, find_body
-from zotune.engines.batched_low_rank import ThinProducts, thin_terms
+from zotune.engines.batched_low_rank import Points, ThinProducts, thin_terms
 from zotune.engines.batched_serving import Served
 from zotune.engines.check import refuse_different_losses
 from zotune.engines.layerwise import Layerwise
@@ -174,7 +174,7 @@ class Batched(Layerwise):
                 continue
             if "forward" in vars(module) and id(module) not in self._formed:
                 continue
-            thin = thin_terms([self._point], slot.site, transposed=False) if self._swaps(slot) else None
+            thin = thin_terms(Points([self._point]), slot.site, transposed=False) if self._swaps(slot) else None
             if thin is not None:
                 sides = self._sides.setdefault(id(module), ThinProducts())
                 sides.ready(thin, 0, 1, slot.tensor, {})

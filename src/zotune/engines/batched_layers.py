@@ -57,7 +57,7 @@ class CopiedLinear(Copied):
         """See `Copied.prepare`."""
         super().prepare()
         moved = True in self.moved.get("weight", ())
-        self.thin = thin_terms(self.wave.points, self.slots["weight"].site, self.transposed) if moved else None
+        self.thin = thin_terms(self.wave.low_rank, self.slots["weight"].site, self.transposed) if moved else None
 
     def ready(self) -> None:
         """See `Copied.ready`."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.core.direction import Direction, Scalar
+from zotune.core.direction import Combination, Direction, Scalar
 from zotune.core.low_rank import Factors, LowRank
 from zotune.core.site import Site
 
@@ -36,7 +36,49 @@ class Thin:
         return sum(factor.shape[1] for factor in self.outputs)
 
 
-def thin_terms(points: Sequence[Direction], site: Site, transposed: bool) -> Thin | None:
+class Points:
+    """The points of a wave, with what their low-rank parts have in common worked out once for all matrices."""
+
+    def __init__(self, points: Sequence[Direction]) -> None:
+        self.points = points
+        self.rest: list[Direction] = []  # terms of the points that are not low-rank directions
+        by_leaf: dict[int, tuple[LowRank, list[Scalar]]] = {}
+        for number, point in enumerate(points):
+            for coefficient, term in point.terms if isinstance(point, Combination) else ((1.0, point),):
+                if isinstance(term, LowRank):
+                    scales = by_leaf.setdefault(id(term), (term, [0.0] * len(points)))[1]
+                    scales[number] = scales[number] + coefficient
+                else:
+                    self.rest.append(term)
+        self.leaves = list(by_leaf.values())
+
+    def on(self, site: Site) -> list[tuple[Factors, list[Scalar]]] | None:
+        """What the points are made of on a site, with a scale for each point; None if that is not low-rank matrices."""
+        if any(term.touches(site) for term in self.rest):
+            return self._asked(site)
+        found = [(leaf.factors.get(site.name), scales) for leaf, scales in self.leaves if leaf.touches(site)]
+        if any(factors is None for factors, _ in found):
+            return self._asked(site)
+        return [(factors, scales) for factors, scales in found if factors is not None]
+
+    def _asked(self, site: Site) -> list[tuple[Factors, list[Scalar]]] | None:
+        """The same, asking each point for its leaves."""
+        terms: dict[tuple[int, int], tuple[Factors, list[Scalar]]] = {}
+        for number, point in enumerate(self.points):
+            leaves = point.leaves(site)
+            if leaves is None:
+                return None
+            for scale, leaf in leaves:
+                factors = leaf.factors.get(site.name) if isinstance(leaf, LowRank) else None
+                if factors is None:
+                    return None
+                key = (id(factors.left), id(factors.right))
+                scales = terms.setdefault(key, (factors, [0.0] * len(self.points)))[1]
+                scales[number] = scales[number] + scale
+        return list(terms.values())
+
+
+def thin_terms(points: Points, site: Site, transposed: bool) -> Thin | None:
     """The points on a matrix as low-rank terms, or None if one of them is something else.
 
     Args:
@@ -44,24 +86,13 @@ def thin_terms(points: Sequence[Direction], site: Site, transposed: bool) -> Thi
         site: the whole of an (out, in) matrix.
         transposed: the matrix is stored as (in, out).
     """
-    terms: dict[tuple[int, int], tuple[Factors, list[Scalar]]] = {}
-    for number, point in enumerate(points):
-        leaves = point.leaves(site)
-        if leaves is None:
-            return None
-        for scale, leaf in leaves:
-            factors = leaf.factors.get(site.name) if isinstance(leaf, LowRank) else None
-            if factors is None or (factors.left.shape[0], factors.right.shape[0]) != site.shape:
-                return None
-            key = (id(factors.left), id(factors.right))
-            if key not in terms:
-                terms[key] = (factors, [0.0] * len(points))
-            scales = terms[key][1]
-            scales[number] = scales[number] + scale
+    terms = points.on(site)
+    if terms is None or any((f.left.shape[0], f.right.shape[0]) != site.shape for f, _ in terms):
+        return None
     inputs: list[Tensor] = []
     which: list[int] = []
     outputs: list[Tensor] = []
-    for factors, _ in terms.values():
+    for factors, _ in terms:
         into, out = (factors.left, factors.right) if transposed else (factors.right, factors.left)
         place = next((k for k, known in enumerate(inputs) if known is into), len(inputs))
         if place == len(inputs):
@@ -69,7 +100,7 @@ def thin_terms(points: Sequence[Direction], site: Site, transposed: bool) -> Thi
         which.append(place)
         outputs.append(out)
     in_order = which == list(range(len(inputs)))
-    return Thin(inputs, outputs, None if in_order else which, [scales for _, scales in terms.values()])
+    return Thin(inputs, outputs, None if in_order else which, [scales for _, scales in terms])
 
 
 class ThinProducts:

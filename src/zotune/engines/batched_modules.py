@@ -18,6 +18,7 @@ from zotune.core.site import Site
 from zotune.core.weights import Slot, Weights
 from zotune.core.workspace import workspace
 from zotune.engines.batched_calls import Answer, Unsuited, flatten, unflatten
+from zotune.engines.batched_low_rank import Points
 
 SHARED = "shared"
 AT_ONCE = 2  # scratch copies of a matrix: both signs of a pair
@@ -29,6 +30,7 @@ class Wave:
 
     weights: Weights
     points: Sequence[Direction] = ()  # of the whole wave
+    low_rank: Points = field(default_factory=lambda: Points(()))  # the same
     first: int = 0  # points first ... last - 1 share the forward
     last: int = 0
     sizes: dict[str, int] = field(default_factory=dict)  # rows of one copy: "examples" and "tokens"

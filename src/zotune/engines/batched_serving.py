@@ -14,6 +14,7 @@ from zotune.core.weights import Weights
 from zotune.engines.batched_calls import Answer, Asked, Unsuited, repeat, unflatten
 from zotune.engines.batched_layers import CopiedLinear, copied
 from zotune.engines.batched_look import Body, watched_modules
+from zotune.engines.batched_low_rank import Points
 from zotune.engines.batched_modules import Wave
 from zotune.engines.batched_size import copies_for
 
@@ -74,7 +75,7 @@ class Served:
         finally:
             vars(self.body.module).pop("forward", None)
             self._points, self._answer, self._asked = (), None, None
-            self._wave.points = ()
+            self._wave.points, self._wave.low_rank = (), Points(())
             self._wave.columns.clear()
 
     def turn(self, number: int) -> None:
@@ -152,7 +153,7 @@ class Served:
     def _prepare(self, points: Sequence[Direction]) -> None:
         """Once a wave: which points move which tensors, and how?"""
         if self._wave.points is not points:
-            self._wave.points = points
+            self._wave.points, self._wave.low_rank = points, Points(points)
             for each in self.copied:
                 each.prepare()
 
