@@ -16,7 +16,7 @@ from common import make_closure
 
 import zotune
 from zotune.engines import ENGINES
-from zotune.kernels.contract import Item, Run, Term
+from zotune.kernels.contract import Addition, Run, Term
 from zotune.kernels.reference import ReferenceBackend
 from zotune.kernels.triton_many import Triton
 
@@ -63,7 +63,7 @@ def check_many(device: str, dtype: torch.dtype) -> int:
         for k, size in enumerate((4096, 20_000, 33, 16)):
             stored = torch.randn(size, generator=torch.Generator().manual_seed(k)).to(place, dtype)
             carried = None if dtype == torch.float32 else torch.zeros(size, dtype=torch.int16, device=place)
-            items.append(Item(stored, carried, k, [Term((1, 2), "normal", 1e-3)]))
+            items.append(Addition(stored, carried, k, [Term((1, 2), "normal", 1e-3)]))
         sets.append(items)
     Triton().update_many(sets[0])
     for mine, other in zip(*sets, strict=True):
@@ -111,7 +111,7 @@ def kernels(arguments: argparse.Namespace) -> dict[str, Any]:
             }
         four = [Term((k, 2), "normal", 1e-3) for k in range(4)]
         items = [
-            Item(tensor, low_bits, k, four[:1])
+            Addition(tensor, low_bits, k, four[:1])
             for k, (tensor, low_bits) in enumerate(cut(stored, carried, 2 if arguments.dry else 256))
         ]
         many = backend.many

@@ -37,14 +37,13 @@ class Folding:
         return self.pending.displaced(points, sites)
 
     def weight(self, site: Site) -> Tensor:
-        """Full-precision values that count: stored, and what is pending."""
+        """Full-precision values that count, flat: stored, and what is pending."""
         slot = self.weights.slots[site.name]
         if slot.tensor.is_contiguous():
             values = slot.storage.read(slot, site)
         else:  # whose parts are no runs of memory
             first = site.start - slot.site.start
             values = slot.storage.read(slot, slot.site).reshape(-1)[first : first + site.count]
-            values = values.view(site.shape) if site.count == slot.site.count else values
         if self.pending:
             self.pending.direction().add_to(values, site)
         return values

@@ -19,7 +19,9 @@ from zotune.core.low_rank import Factors, LowRank, grid_bits, normal_matrix
 from zotune.core.noise import stream
 from zotune.core.pending import MAX_RANK, Pending, low_rank_parts, moves_of
 from zotune.core.site import Site
+from zotune.core.weights import Weights
 from zotune.engines import ENGINES
+from zotune.folding import Folding
 from zotune.optimizer import ZO
 from zotune.replaying import optimizer_for, replay
 
@@ -102,6 +104,25 @@ def test_short_intervals_fold_in_each(interval):
     opt.fold()
     for (_, ours), (_, theirs) in zip(named, expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("pending", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("turned", [False, True], ids=["contiguous", "transposed"])
+def test_parts_of_the_weights_that_count(turned, dtype, pending):
+    """Methods may read a tensor a part at a time; the parts of a transposed one are no runs of memory."""
+    values = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weights = Weights([("w", torch.nn.Parameter(values.t().contiguous().t() if turned else values))])
+    weights.slots["w"].carried = torch.arange(30, dtype=torch.int16).view(5, 6) if dtype == torch.bfloat16 else None
+    folding, site = Folding(weights, 10), weights.slots["w"].site
+    if pending:
+        low_rank = LowRank({"w": Factors.of(torch.randn(5, 2), torch.randn(6, 2))})
+        folding.pending.absorb(moves_of(1.0 * low_rank, [site])[0])
+    whole = folding.weight(site)
+    assert whole.shape == (30,)
+    assert torch.allclose(whole, values.float().reshape(-1), rtol=0.02, atol=0.0) is not pending  # carried: half a unit
+    pieces = [folding.weight(site.part(start, count)) for start, count in ((0, 7), (7, 20), (27, 3))]
+    assert torch.equal(torch.cat(pieces), whole)
 
 
 def test_queries_and_methods_see_the_weights_that_count():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zotune.core.site import Site
-from zotune.finetuner.profile import counted, moments, rms
+from zotune.finetuner.profile import PART, counted, moments, moments_of, rms
 
 
 @pytest.mark.parametrize("shape", [(3,), (5, 7), (4096,), (4097,), (600, 700)])
@@ -39,6 +39,13 @@ def test_moments_of_a_large_mean():
 )
 def test_moments_at_the_edge(values, expected):
     assert moments(values) == expected
+
+
+@pytest.mark.parametrize("numel", [5, PART, PART + 5, 2 * PART + 4097])
+def test_moments_of_parts_are_those_of_the_whole(numel):
+    values = torch.randn(numel)
+    assert moments_of(values.split(PART)) == moments(values)
+    assert moments_of([]) == (0.0, 0.0)
 
 
 def test_moments_of_what_is_not_finite():

@@ -11,7 +11,7 @@ from tests.support.memory import peak_bytes
 
 from zotune.kernels import native as native_module
 from zotune.kernels.codebook import SCALE, integer_rows
-from zotune.kernels.contract import Run, Term
+from zotune.kernels.contract import Addition, Run, Term
 from zotune.kernels.philox import philox_scalar
 from zotune.kernels.reference import ReferenceBackend
 
@@ -147,6 +147,56 @@ def test_update(native, data, seed, terms, dtype, start, count):
         same(ours[1], expected[1])
 
 
+SIZES = st.sampled_from([0, 1, 63, 64, 511, 512, 513, 4097, 9000])
+
+
+@pytest.mark.usefixtures("every_call_may_wake_threads")
+@given(data=st.data(), shared=SEVERAL, places=st.lists(st.tuples(SIZES, DTYPES, st.booleans()), min_size=1, max_size=6))
+def test_update_many(native, data, shared, places):
+    """Tensors of any sizes and dtypes, some along the same terms, as one after the other."""
+    ours, expected = [], []
+    shared = tuple(shared)
+    for number, (count, dtype, own) in enumerate(places):
+        stored, carried = numbers(count, dtype, number), low_bits(count, number) if dtype.itemsize == 2 else None
+        terms = tuple(data.draw(SEVERAL)) if own else shared
+        for where in (ours, expected):
+            low = None if carried is None else carried.clone()
+            where.append(Addition(stored.clone(), low, 5 * number, terms))
+    prepare(native, data)
+    native.update_many(ours)
+    for one in expected:
+        one.apply(REFERENCE.update)
+    for one, other in zip(ours, expected, strict=True):
+        same(one.stored, other.stored)
+        if one.carried is not None:
+            same(one.carried, other.carried)
+
+
+def test_one_call_for_what_moves_along_the_same_terms(native, monkeypatch):
+    calls = []
+    monkeypatch.setattr(native, "_update_many", lambda job, places, count, threads: calls.append((count, threads)))
+    terms, other = (Term((1, 2), "normal", 0.1),), (Term((1, 2), "normal", 0.1),)
+    torch.set_num_threads(2)
+    native.update_many([Addition(torch.zeros(40_000), None, k, terms) for k in range(5)])
+    assert calls == [(5, 2)]  # 200,000 elements are worth a second thread, 40,000 are not
+    native.update_many([Addition(torch.zeros(10), None, k, t) for k, t in enumerate((terms, other))])
+    assert calls[1:] == [(1, 1), (1, 1)]
+
+
+def test_terms_are_packed_anew_when_they_may_have_changed(native):
+    """A tuple of numbers is packed once; a list, or a tensor as scale, may hold other numbers in the next call."""
+    run, scale = Run(0, 0, 64), torch.tensor(1.0)
+    written, read = [Term((1, 2), "normal", 1.0)], (Term((1, 2), "normal", scale),)
+    for terms in (written, read):
+        for value in (1.0, 0.25):
+            written[0] = Term((1, 2), "normal", value)
+            scale.fill_(value)
+            ours, expected = torch.zeros(64), torch.zeros(64)
+            native.add(ours, run, terms)
+            REFERENCE.add(expected, run, terms)
+            same(ours, expected)
+
+
 def z_by_hand(run, term):
     """One element at a time, from a counter in Python integers (which tests hold to the published Philox vectors)."""
     found = []
@@ -229,12 +279,25 @@ def test_outs_of_another_dtype_or_carried_bits_of_another_size_are_refused(nativ
         native.update(stored, torch.zeros(63, dtype=torch.int16), run, terms)
 
 
-def test_autograd_sees_that_a_tensor_was_written(native):
+def test_additions_that_do_not_fit_are_refused(native):
+    terms = (Term((0, 0), "normal", 1.0),)
+    with pytest.raises(ValueError, match="contiguous"):
+        native.update_many([Addition(torch.zeros(10, 10).t(), None, 1, terms)])
+    with pytest.raises(ValueError, match="int16"):
+        low = torch.zeros(63, dtype=torch.int16)
+        native.update_many([Addition(torch.zeros(64, dtype=torch.bfloat16), low, 1, terms)])
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_autograd_sees_that_a_tensor_was_written(native, together):
     """As after torch's own operations in place: a backward that needs the old values must fail, not be wrong."""
-    weight = torch.ones(64, requires_grad=True)
+    weight, terms = torch.ones(64, requires_grad=True), (Term((0, 0), "normal", 1.0),)
     loss = (weight * weight).sum()
     with torch.no_grad():
-        native.add(weight, Run(0, 0, 64), [Term((0, 0), "normal", 1.0)])
+        if together:
+            native.update_many([Addition(weight, None, 0, terms)])
+        else:
+            native.add(weight, Run(0, 0, 64), terms)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

@@ -99,6 +99,17 @@ def test_which_directions_are_one_pass():
     assert table_terms(Combination(((1.0, A), (1.0, A + B))), site) is None  # a sum of sums is rounded twice
 
 
+def test_terms_that_are_the_same_everywhere_are_made_once():
+    one, other = Site("w", SHAPE), Site("v", (3,))
+    everywhere, here_only = 0.5 * A - 2.0 * B, 0.5 * Scaled(A, {"w": 3.0})
+    assert everywhere.uniform
+    assert table_terms(everywhere, one) is table_terms(everywhere, other)
+    assert [t.scale for t in table_terms(everywhere, one, 2.0)] == [1.0, -4.0]  # another scale, other terms
+    assert not here_only.uniform
+    assert [table_terms(here_only, site)[0].scale for site in (one, other)] == [1.5, 0.5]
+    assert not (everywhere + 1.0 * Stored({"w": torch.ones(SHAPE)})).uniform
+
+
 @pytest.mark.parametrize("dtype", [FP32, FP64])
 @pytest.mark.parametrize("part", [slice(0, 37 * 65), slice(100, 1700), [36, 0, 0, 5]], ids=["whole", "run", "rows"])
 def test_a_sum_of_noise_is_one_call_with_the_same_bits(counting, dtype, part):
@@ -241,6 +252,7 @@ def test_when_sgd_is_more_than_a_displacement():
     norm = SimpleNamespace(name="norm.weight")  # not decayed
     assert rule.displacements([site, norm], estimate, {"lr": 0.0, "weight_decay": 0.0}) == [None, None]
     decayed, moved = rule.displacements([site, norm], estimate, {"lr": 1.0, "weight_decay": 0.1})
-    assert decayed is None and moved is not None
+    assert decayed is None
+    assert moved is not None
     one, other = rule.displacements([site, norm], estimate, {"lr": 1.0, "weight_decay": 0.0})
     assert one is other is not None  # so that kernels take it for one

@@ -7,7 +7,7 @@ from tests.support.triton import DEVICES, backend, kernels
 from zotune.core.direction import Noise
 from zotune.core.noise import stream
 from zotune.core.weights import Weights
-from zotune.kernels.contract import Item, Run, Term
+from zotune.kernels.contract import Addition, Run, Term
 from zotune.kernels.dispatch import using
 
 pytest.importorskip("triton")
@@ -28,7 +28,7 @@ def model(dtype):
 def items(device, weights, terms):
     copies = {slot.site.name: (slot.tensor.to(device, copy=True), slot.carried) for slot in weights}
     return [
-        Item(
+        Addition(
             stored, None if carried is None else carried.to(device, copy=True), weights.slots[name].site.id, terms(name)
         )
         for name, (stored, carried) in copies.items()
@@ -90,7 +90,7 @@ def test_tensors_that_moved_are_found(device):
     terms = [Term((1, 2), "normal", 1.0)]
     for _ in range(3):
         tensors = [torch.zeros(64, device=device) for _ in range(3)]
-        updates.update([Item(t, None, 5, terms) for t in tensors])
+        updates.update([Addition(t, None, 5, terms) for t in tensors])
         assert all(t.any() for t in tensors)
         del tensors
         _ = torch.zeros(640, device=device)
@@ -99,7 +99,7 @@ def test_tensors_that_moved_are_found(device):
 def test_addresses_that_are_no_multiples_of_16(device):
     updates = kernels(device).many.ManyUpdates(backend(device))
     whole = torch.zeros(65, device=device)
-    item = Item(whole[1:], None, 5, [Term((1, 2), "normal", 1.0)])
+    item = Addition(whole[1:], None, 5, [Term((1, 2), "normal", 1.0)])
     updates.update([item])
     expected = torch.zeros(64, device=device)
     backend(device).add(expected, Run(5, 0, 64), item.terms)

@@ -149,7 +149,7 @@ class Combination(Direction):
     terms: tuple[tuple[Scalar, Direction], ...] = field(default=())
 
     @cached_property
-    def uniform(self) -> bool:  # type: ignore[override]
+    def uniform(self) -> bool:
         """See `Direction.uniform`."""
         return all(inner.uniform for _, inner in self.terms)
 

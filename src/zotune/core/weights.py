@@ -18,7 +18,7 @@ from zotune.core.noise import CHUNK, run_of
 from zotune.core.site import Site
 from zotune.core.storage import LOW_PRECISION, STORAGES, Carried, Exact, Slot, Stochastic, select
 from zotune.core.workspace import workspace
-from zotune.kernels.contract import Item, Term
+from zotune.kernels.contract import Addition, Term
 from zotune.kernels.dispatch import backend_for
 
 __all__ = ["LOW_PRECISION", "STORAGES", "Carried", "Change", "Slot", "Stochastic", "Weights"]
@@ -95,9 +95,9 @@ class Weights:
 
     def update_all(self, moves: Iterable[tuple[Slot, Change, Direction | None]]) -> None:
         """`update` of many tensors: those that move along table noise together, in one launch on a GPU."""
-        together: dict[torch.device, list[Item]] = {}
+        together: dict[torch.device, list[Addition]] = {}
         for slot, change, along in moves:
-            if (item := _as_item(slot, along)) is not None:
+            if (item := _as_addition(slot, along)) is not None:
                 together.setdefault(slot.tensor.device, []).append(item)
             else:
                 self.update(slot, change)
@@ -112,7 +112,7 @@ class Weights:
             change: changes the values of a part in place.
             along: if all that `change` does is to add this direction, then it may be added in one pass instead.
         """
-        if (item := _as_item(slot, along)) is not None:
+        if (item := _as_addition(slot, along)) is not None:
             item.apply(backend_for(slot.tensor.device).update)
             return
         if isinstance(slot.storage, Exact):
@@ -124,7 +124,7 @@ class Weights:
             slot.storage.write(slot, piece, values)
 
 
-def _as_item(slot: Slot, along: Direction | None) -> Item | None:
+def _as_addition(slot: Slot, along: Direction | None) -> Addition | None:
     """What the kernels need to know to add a direction; None if they cannot."""
     if along is None or not isinstance(slot.storage, (Carried, Exact)) or not _dense(slot, slot.site, []):
         return None
@@ -132,7 +132,7 @@ def _as_item(slot: Slot, along: Direction | None) -> Item | None:
     if not terms:
         return None
     low = slot.storage.low_bits(slot) if isinstance(slot.storage, Carried) else None
-    return Item(slot.tensor, low, slot.site.id, terms)
+    return Addition(slot.tensor, low, slot.site.id, terms)
 
 
 def _dense(slot: Slot, part: Site, outs: Sequence[Tensor]) -> bool:

@@ -205,7 +205,7 @@ class Copied:
         whole = [_joined(parts) for parts in zip(*(answer.leaves for answer in answers), strict=True)]
         return tree_unflatten(whole, answers[0].spec)
 
-    def _whole(self, attribute: str, slot: Slot, group: Sequence[int]) -> list[Tensor]:
+    def _whole(self, attribute: str, slot: Slot, group: range) -> list[Tensor]:
         outs = [torch.empty(slot.tensor.shape, dtype=slot.tensor.dtype, device=slot.tensor.device) for _ in group]
         self.fill(attribute, slot.site, group, outs)
         return outs

@@ -37,7 +37,7 @@ def moments_of(parts: Iterable[Tensor]) -> tuple[float, float]:
         flat = part.reshape(-1)
         pivot = float(flat[0]) if n == 0 and flat.numel() else pivot
         n += flat.numel()
-        for piece in flat.split(_PIECE):
+        for piece in torch.split(flat, _PIECE):
             x = workspace("moments", len(piece), torch.float64, piece.device).copy_(piece).sub_(pivot)
             rows = (torch.nn.functional.pad(x, (0, -len(x) % _ROW)) if len(x) % _ROW else x).view(-1, _ROW)
             first.append(rows.sum(dim=1))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from zotune.kernels.contract import Item, Run, Term
+from zotune.kernels.contract import Addition, Run, Term
 from zotune.kernels.halves import JOIN, SPLIT
 from zotune.kernels.workspace import workspace
 
@@ -81,10 +81,10 @@ class Composed(ABC):
             values = widened(held, low, buffer).add_(sums(offset, count))
             SPLIT[held.dtype](values, held, low)
 
-    def update_many(self, items: Sequence[Item]) -> None:
+    def update_many(self, additions: Sequence[Addition]) -> None:
         """See `Backend.update_many`."""
-        for item in items:
-            item.apply(self.update)
+        for addition in additions:
+            addition.apply(self.update)
 
 
 def chunks(run: Run, *tensors: Tensor) -> Iterator[tuple[int, int, Sequence[Tensor]]]:

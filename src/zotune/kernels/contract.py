@@ -41,7 +41,7 @@ Update = Callable[[Tensor, Tensor | None, Run, Sequence[Term]], None]  # `Backen
 
 
 @dataclass(frozen=True)
-class Item:
+class Addition:
     """One whole tensor, and what is added to its values."""
 
     stored: Tensor  # contiguous
@@ -82,6 +82,6 @@ class Backend(Protocol):
         """value += sum of terms, kept in `stored` and `carried` (bf16, fp16: both are written), or in `stored` (fp32, fp64)."""
         ...
 
-    def update_many(self, items: Sequence[Item]) -> None:
+    def update_many(self, additions: Sequence[Addition]) -> None:
         """`update` of many whole tensors on one device, in any order."""
         ...

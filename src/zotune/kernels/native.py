@@ -21,7 +21,7 @@ from torch import Tensor
 
 from zotune.kernels.codebook import BASE_ROWS, WIDTH, integer_rows
 from zotune.kernels.composed import Composed, Sums
-from zotune.kernels.contract import Item, Run, Term
+from zotune.kernels.contract import Addition, Run, Term
 from zotune.kernels.openmp import find_runtime
 from zotune.kernels.reference import ReferenceBackend
 from zotune.kernels.workspace import workspace
@@ -151,34 +151,34 @@ class NativeBackend(Composed):
         else:
             super().update(stored, carried, run, terms)
 
-    def update_many(self, items: Sequence[Item]) -> None:
+    def update_many(self, additions: Sequence[Addition]) -> None:
         """See `Backend.update_many`: one call for all that move along the same terms."""
-        alike: dict[tuple[int, int], list[Item]] = {}
-        for item in items:
-            kind = EXACT.get(item.stored.dtype, BF16_SPLIT if item.carried is not None else -1)
-            if kind < 0 or item.stored.dtype == torch.float16 or not self._takes(item.terms):
-                item.apply(self.update)
+        alike: dict[tuple[int, int], list[Addition]] = {}
+        for addition in additions:
+            kind = EXACT.get(addition.stored.dtype, BF16_SPLIT if addition.carried is not None else -1)
+            if kind < 0 or addition.stored.dtype == torch.float16 or not self._takes(addition.terms):
+                addition.apply(self.update)
             else:
-                alike.setdefault((kind, id(item.terms)), []).append(item)
+                alike.setdefault((kind, id(addition.terms)), []).append(addition)
         for (kind, _), group in alike.items():
             self._update_together(kind, group)
 
-    def _update_together(self, kind: int, items: Sequence[Item]) -> None:
+    def _update_together(self, kind: int, additions: Sequence[Addition]) -> None:
         places, written, total = bytearray(), [], 0
-        for item in items:
-            _check(item.stored, item.stored.dtype, item.stored.numel())
-            written.append(item.stored)
-            address, count = 0, item.stored.numel()
-            if item.carried is not None:
-                _check(item.carried, torch.int16, count)
-                written.append(item.carried)
-                address = item.carried.data_ptr()
-            places += _PLACE.pack(item.stored.data_ptr(), address, item.site, count)
+        for addition in additions:
+            _check(addition.stored, addition.stored.dtype, addition.stored.numel())
+            written.append(addition.stored)
+            address, count = 0, addition.stored.numel()
+            if addition.carried is not None:
+                _check(addition.carried, torch.int16, count)
+                written.append(addition.carried)
+                address = addition.carried.data_ptr()
+            places += _PLACE.pack(addition.stored.data_ptr(), address, addition.site, count)
             total += count
-        terms = items[0].terms
+        terms = additions[0].terms
         job = _JOB.pack(_room(len(terms)), 0, 0, 0, 0, 0, 0, 0, kind, len(terms), 1, 0, 0, 0)
         threads = _threads(total * len(terms))
-        self._update_many(job + self._terms(terms) + _OUT.pack(0, 0), bytes(places), len(items), threads)
+        self._update_many(job + self._terms(terms) + _OUT.pack(0, 0), bytes(places), len(additions), threads)
         _written(written)
 
     def _terms(self, terms: Sequence[Term]) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.kernels.contract import Item, Term
+from zotune.kernels.contract import Addition, Term
 from zotune.kernels.triton_jit import TILE, update_many
 from zotune.kernels.triton_noise import KINDS, OPTIONS, TritonBackend, book_of, numbers, on, signed, written
 
@@ -26,29 +26,31 @@ class ManyUpdates:
         self.launches = 0  # of the last call
         self._places: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor]] = OrderedDict()
 
-    def update(self, items: Sequence[Item]) -> None:
-        """value += sum of terms of each item, kept as `Backend.update` keeps it."""
+    def update(self, additions: Sequence[Addition]) -> None:
+        """value += sum of terms of each addition, kept as `Backend.update` keeps it."""
         self.launches = 0
-        groups: dict[tuple[Any, ...], list[Item]] = {}
-        for item in items:
-            if _fits(item):
-                kind = (item.stored.device, item.stored.dtype, len(item.terms), book_of(item.terms))
-                groups.setdefault(kind, []).append(item)
-            elif item.stored.numel() and item.terms:
-                item.apply(self.backend.update)
+        groups: dict[tuple[Any, ...], list[Addition]] = {}
+        for addition in additions:
+            if _fits(addition):
+                kind = (addition.stored.device, addition.stored.dtype, len(addition.terms), book_of(addition.terms))
+                groups.setdefault(kind, []).append(addition)
+            elif addition.stored.numel() and addition.terms:
+                addition.apply(self.backend.update)
                 self.launches += 1
         for (device, dtype, count, book), members in groups.items():
             self._launch(members, device, dtype, count, book)
             self.launches += 1
 
-    def _launch(self, items: list[Item], device: torch.device, dtype: torch.dtype, count: int, book: int) -> None:
+    def _launch(
+        self, additions: list[Addition], device: torch.device, dtype: torch.dtype, count: int, book: int
+    ) -> None:
         rows: dict[Any, int] = {}  # by the terms: their first row in the table
         terms: list[Term] = []
-        for item in items:
-            if _key(item.terms) not in rows:
-                rows[_key(item.terms)] = len(terms)
-                terms.extend(item.terms)
-        place, owner = self._place(items, [rows[_key(item.terms)] for item in items], device)
+        for addition in additions:
+            if _key(addition.terms) not in rows:
+                rows[_key(addition.terms)] = len(terms)
+                terms.extend(addition.terms)
+        place, owner = self._place(additions, [rows[_key(addition.terms)] for addition in additions], device)
         kind, _, precision = KINDS[dtype]
         table = self.backend.table(terms, device)
         with on(device):
@@ -56,9 +58,11 @@ class ManyUpdates:
                 owner, place, table, count, numbers(device),
                 BOOK=book, KIND=kind, TILE=TILE, FLOAT=precision, **OPTIONS,
             )  # fmt: skip
-        written([tensor for item in items for tensor in (item.stored, item.carried) if tensor is not None])
+        written(
+            [tensor for addition in additions for tensor in (addition.stored, addition.carried) if tensor is not None]
+        )
 
-    def _place(self, items: list[Item], rows: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    def _place(self, additions: list[Addition], rows: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Where tensors lie, and which tile belongs to which: (tensors, 6) int64 and (tiles,) int32 on the device."""
         lines = [
             (
@@ -68,7 +72,7 @@ class ManyUpdates:
                 i.stored.numel(),
                 row,
             )
-            for i, row in zip(items, rows, strict=True)
+            for i, row in zip(additions, rows, strict=True)
         ]
         key = (device, *lines)
         if key not in self._places:
@@ -92,15 +96,15 @@ class Triton(TritonBackend):
         super().__init__()
         self.many = ManyUpdates(self)
 
-    def update_many(self, items: Sequence[Item]) -> None:
+    def update_many(self, additions: Sequence[Addition]) -> None:
         """See `Backend.update_many`: one launch for each dtype and number of terms."""
-        self.many.update(items)
+        self.many.update(additions)
 
 
-def _fits(item: Item) -> bool:
-    tensors = (item.stored,) if item.carried is None else (item.stored, item.carried)
-    size = item.stored.numel()
-    return size > 0 and size % 16 == 0 and bool(item.terms) and all(t.data_ptr() % 16 == 0 for t in tensors)
+def _fits(addition: Addition) -> bool:
+    tensors = (addition.stored,) if addition.carried is None else (addition.stored, addition.carried)
+    size = addition.stored.numel()
+    return size > 0 and size % 16 == 0 and bool(addition.terms) and all(t.data_ptr() % 16 == 0 for t in tensors)
 
 
 def _key(terms: Sequence[Term]) -> tuple[Any, ...]:
