@@ -1,7 +1,7 @@
 """Does a learned optimizer help? ZO Fine-tuners learned on some tasks, used on others, beside their controls.
 
     python benchmarks/learned.py --data-root FOLDER [--model smollm2-135m] [--learn-on agnews copa] [--tasks sst2 trec]
-                                 [--forwards 100] [--seeds 0 1 2] [--estimate]
+                                 [--forwards 400] [--seeds 0 1 2] [--estimate]
 
 FOLDER holds <task>/train.jsonl and <task>/validation.jsonl. Two fine-tuners are learned (as published, and corrected) in
 --runs; then every contestant trains on each task at equal forward passes. Learning rates are tuned for each contestant on the
@@ -15,7 +15,7 @@ first task, with rows and noise of another seed. A learned profile must beat its
     corrected-shuffled  the same for these
     rms                 scales in proportion to the root mean square of each tensor: simple statistics
     adaptive            gradient energy over curvature, found in the run itself (method adaptive_scales); with SmolLM2's 11
-                        kinds of tensors its scales differ after 44 steps, 110 forwards, so give it 400 or more
+                        kinds of tensors its scales differ after 44 steps, 110 forwards
 
 Finished runs stay in the JSON and are not run again; learning resumes too. --estimate measures forward passes and says how
 long all of it takes. The table and the picture go next to the JSON, as .md and .png.
@@ -277,8 +277,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--learn-on", nargs="+", default=["agnews", "copa"])
     parser.add_argument("--tasks", nargs="+", default=["sst2", "trec"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-5, 3e-5, 1e-4])
-    parser.add_argument("--forwards", type=int, default=100)
+    parser.add_argument("--lrs", nargs="+", type=float, default=[3e-6, 1e-5, 3e-5, 1e-4])
+    parser.add_argument("--forwards", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--train-rows", type=int, default=200)
     parser.add_argument("--rows", type=int, default=150)

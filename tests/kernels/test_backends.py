@@ -172,6 +172,19 @@ def test_update_many(native, data, shared, places):
             same(one.carried, other.carried)
 
 
+@pytest.mark.usefixtures("every_call_may_wake_threads")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("sizes", [(9000, 512, 0, 4097, 1), (1, 4097, 9000), (512,) * 7])
+def test_threads_share_tensors_of_different_sizes(native, threads, sizes):
+    terms = (Term((1, 2), "normal", 0.1),)
+    ours, expected = ([Addition(torch.zeros(n), None, k, terms) for k, n in enumerate(sizes)] for _ in range(2))
+    torch.set_num_threads(threads)
+    native.update_many(ours)
+    for one in expected:
+        one.apply(REFERENCE.update)
+    assert all(torch.equal(one.stored, other.stored) for one, other in zip(ours, expected, strict=True))
+
+
 def test_one_call_for_what_moves_along_the_same_terms(native, monkeypatch):
     calls = []
     monkeypatch.setattr(native, "_update_many", lambda job, places, count, threads: calls.append((count, threads)))
