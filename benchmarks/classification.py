@@ -7,7 +7,8 @@ The usual way is that of the papers' code (`train_as_classification`): each opti
 option, the model gives logits at all positions, and log-softmax of all of them is taken, in fp32 as in transformers' own
 losses. Ours is the closure that `zotune train` makes. Both run under `torch.inference_mode`, interleaved, in rotating
 order; a ratio is taken inside each round; the table shows the median and the range over rounds. Lengths are fixed, so
-nothing is gained from padding, unless `--ragged` draws them about as of real rows.
+nothing is gained from padding, unless `--ragged` draws them about as of real rows, or `--data FOLDER` takes real rows from
+FOLDER/<task>/train.jsonl.
 
 With `--step`, a training step of zotune.ZO (default engine, our closure) against the literal four-pass loop (the usual
 closure), on the first shape; both take two forwards.
@@ -21,6 +22,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -31,9 +33,13 @@ from torch.nn import functional as F
 
 import zotune
 from zotune.allocator import keep_freed_memory
+from zotune.models import load_model
 from zotune.objectives import Classification, closure_for
-from zotune.tasks.encoding import Encoded
+from zotune.tasks.catalogue import find_task
+from zotune.tasks.encoding import Encoded, encode_all, special_tokens
+from zotune.tasks.rows import choose_rows, load_rows
 from zotune.tasks.scoring import OptionScorer
+from zotune.tasks.task import make_examples
 
 # name: (options, tokens of the prompt, tokens of an option, the ratio aimed at in bf16)
 SHAPES = {
@@ -52,11 +58,21 @@ RAGGED = {
     "copa": ((8, 24), (4, 10)),
 }
 STEP_AIM = 8.0
+LR = 1e-7  # not 0: an update that moves nothing is left out, and bf16 weights then carry no low-order bits
 CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
 Closure = Callable[[], torch.Tensor]
 
 
-def examples_of(shape: str, count: int, vocabulary: int, ragged: bool) -> list[Encoded]:
+def batch_of(shape: str, model: Any, arguments: argparse.Namespace) -> list[Encoded]:
+    """Examples of fixed or drawn lengths, or of real rows."""
+    if not arguments.data:
+        return drawn_examples(shape, arguments.batch, model.config.vocab_size, arguments.ragged)
+    task, (_, tokenizer) = find_task(shape), load_model(arguments.model, dtype=torch.bfloat16)
+    rows = choose_rows(load_rows(task, data_folder=Path(arguments.data) / shape)["train"], arguments.batch, seed=0)
+    return encode_all(make_examples(task, rows, where="train"), tokenizer, 2048, **special_tokens(tokenizer))
+
+
+def drawn_examples(shape: str, count: int, vocabulary: int, ragged: bool) -> list[Encoded]:
     options, *fixed_lengths = SHAPES[shape][:3]
     prompt, option = RAGGED[shape] if ragged else ((length, length) for length in fixed_lengths)
     generator = torch.Generator().manual_seed(0)
@@ -134,7 +150,7 @@ def losses(model: Any, arguments: argparse.Namespace, clock: Callable[[], float]
     )
     result: dict[str, Any] = {}
     for shape in arguments.shapes:
-        batch = examples_of(shape, arguments.batch, model.config.vocab_size, arguments.ragged)
+        batch = batch_of(shape, model, arguments)
         made = {
             "usual": torch.inference_mode()(usual_closure(model, batch)),
             "ours": torch.inference_mode()(closure_for(Classification(scorer), batch, None)),
@@ -153,10 +169,10 @@ def losses(model: Any, arguments: argparse.Namespace, clock: Callable[[], float]
 
 def steps(model: Any, arguments: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
     shape = arguments.shapes[0]
-    batch = examples_of(shape, arguments.batch, model.config.vocab_size, arguments.ragged)
-    opt = zotune.ZO(model.named_parameters(), lr=0.0, eps=1e-2)
+    batch = batch_of(shape, model, arguments)
+    opt = zotune.ZO(model.named_parameters(), lr=LR, eps=1e-2)
     ours, usual = closure_for(Classification(OptionScorer(model)), batch, None), usual_closure(model, batch)
-    literal = LiteralMeZO(model, lr=0.0, eps=1e-2)
+    literal = LiteralMeZO(model, lr=LR, eps=1e-2)
     opt.step(ours)  # looks at the model once
     made = {"usual": lambda: literal.step(usual), "ours": lambda: opt.step(ours)}
     row = row_of(measure(made, arguments.rounds, clock), "ours", "usual")
@@ -180,10 +196,13 @@ def main() -> None:
     parser.add_argument("--clock", default="cpu", choices=CLOCKS)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--ragged", action="store_true", help="draw lengths about as of real rows")
+    parser.add_argument("--data", help="folder of tasks: take their real rows")
     parser.add_argument("--step", action="store_true", help="training steps, of the first shape")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json")
     arguments = parser.parse_args()
+    if arguments.data:
+        arguments.shapes = [shape for shape in arguments.shapes if shape != "choice"]  # which is no task
     torch.set_num_threads(arguments.threads)
     memory = keep_freed_memory()
     print(f"{arguments.model} {arguments.dtype}, {arguments.threads} threads, {arguments.clock} time; {memory}")
