@@ -94,15 +94,15 @@ class Weights:
             self.perturb(slot, part, points[k], outs[k])
 
     def update_all(self, moves: Iterable[tuple[Slot, Change, Direction | None]]) -> None:
-        """`update` of many tensors: those that move along table noise together, in one launch on a GPU."""
+        """`update` of many tensors: those that move along table noise together, in one call or launch."""
         together: dict[torch.device, list[Addition]] = {}
         for slot, change, along in moves:
-            if (item := _as_addition(slot, along)) is not None:
-                together.setdefault(slot.tensor.device, []).append(item)
+            if (addition := _as_addition(slot, along)) is not None:
+                together.setdefault(slot.tensor.device, []).append(addition)
             else:
                 self.update(slot, change)
-        for device, items in together.items():
-            backend_for(device).update_many(items)
+        for device, additions in together.items():
+            backend_for(device).update_many(additions)
 
     def update(self, slot: Slot, change: Change, along: Direction | None = None) -> None:
         """Apply a change to the full-precision values of one site.
@@ -112,8 +112,8 @@ class Weights:
             change: changes the values of a part in place.
             along: if all that `change` does is to add this direction, then it may be added in one pass instead.
         """
-        if (item := _as_addition(slot, along)) is not None:
-            item.apply(backend_for(slot.tensor.device).update)
+        if (addition := _as_addition(slot, along)) is not None:
+            addition.apply(backend_for(slot.tensor.device).update)
             return
         if isinstance(slot.storage, Exact):
             change(slot.tensor, slot.site)
