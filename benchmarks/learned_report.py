@@ -72,13 +72,14 @@ def _table(final: Entries, every: Entries, tasks: list[str], names: list[str], l
 
 def _pairs(final: Entries, tasks: list[str]) -> list[str]:
     lines = ["Differences of held-out loss, same task, rows and noise (less than 0: the first is better):", ""]
-    lines += ["| | difference | |", "|---|---|---|"]
+    lines += ["| | mean difference | lower in | |", "|---|---|---|---|"]
     for one, other, what in PAIRS:
         found = _differences(final, one, other)
         if len(found) > 1:
             middle, error = mean(found), stdev(found) / math.sqrt(len(found))
             verdict = "not resolved" if abs(middle) < 2 * error else "better" if middle < 0 else "worse"
-            lines.append(f"| {one} - {other} ({what}) | {middle:+.4f} ± {error:.4f}, {len(found)} runs | {verdict} |")
+            lower = f"{sum(difference < 0 for difference in found)} of {len(found)} runs"
+            lines.append(f"| {one} - {other} ({what}) | {middle:+.3f} ± {error:.3f} | {lower} | {verdict} |")
     return lines
 
 
@@ -131,7 +132,10 @@ def _draw(final: Entries, tasks: list[str], names: list[str], path: Path) -> Non
                 axes.plot([mean(gaps)], [row], "|", color="black", markersize=14)
         axes.axvline(0.0, color="0.6", linewidth=0.8)
         axes.set(
-            title=task, xlabel="held-out loss above MeZO's, same seed", yticks=range(len(names)), yticklabels=names
+            title=task,
+            xlabel="held-out loss above MeZO's, same seed (1: one or more)",
+            yticks=range(len(names)),
+            yticklabels=names,
         )
         axes.invert_yaxis()
     figure.savefig(path, dpi=120)
