@@ -133,7 +133,7 @@ def _draw(final: Entries, tasks: list[str], names: list[str], path: Path) -> Non
         axes.axvline(0.0, color="0.6", linewidth=0.8)
         axes.set(
             title=task,
-            xlabel="held-out loss above MeZO's, same seed (1: one or more)",
+            xlabel="loss above MeZO's, same seed (1: or more)",
             yticks=range(len(names)),
             yticklabels=names,
         )

@@ -296,9 +296,9 @@ def test_additions_that_do_not_fit_are_refused(native):
     terms = (Term((0, 0), "normal", 1.0),)
     with pytest.raises(ValueError, match="contiguous"):
         native.update_many([Addition(torch.zeros(10, 10).t(), None, 1, terms)])
+    too_few = Addition(torch.zeros(64, dtype=torch.bfloat16), torch.zeros(63, dtype=torch.int16), 1, terms)
     with pytest.raises(ValueError, match="int16"):
-        low = torch.zeros(63, dtype=torch.int16)
-        native.update_many([Addition(torch.zeros(64, dtype=torch.bfloat16), low, 1, terms)])
+        native.update_many([too_few])
 
 
 @pytest.mark.parametrize("together", [False, True])
