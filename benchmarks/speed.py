@@ -31,6 +31,10 @@ from zotune.methods import METHODS
 Candidate = Callable[[], Any]
 LR = 1e-7  # small enough that thirty steps on one batch lead nowhere
 LOZO = {"rank": 4, "interval": 50}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "zo_finetuner": {"networks": "untrained"},
+    "pgap": {"horizon": 1000},
+}  # needed ones
 BASE = "two forwards"
 
 
@@ -127,8 +131,7 @@ def methods_column(model: Any, shape: tuple[int, int], loss: str, only: list[str
     for name in METHODS:
         if only is not None and name not in only:
             continue
-        options = {"networks": "untrained"} if name == "zo_finetuner" else {}
-        opt = zotune.ZO(model.named_parameters(), name, lr=LR, eps=1e-2, method_options=options)
+        opt = zotune.ZO(model.named_parameters(), name, lr=LR, eps=1e-2, method_options=OPTIONS.get(name, {}))
         if "examples" in opt.method.needs:
             continue
         made[name] = lambda opt=opt: opt.step(closure)
