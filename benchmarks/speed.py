@@ -31,10 +31,10 @@ from zotune.methods import METHODS
 Candidate = Callable[[], Any]
 LR = 1e-7  # small enough that thirty steps on one batch lead nowhere
 LOZO = {"rank": 4, "interval": 50}
-OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {  # of methods that do not run without any
     "zo_finetuner": {"networks": "untrained"},
     "pgap": {"horizon": 1000},
-}  # needed ones
+}
 BASE = "two forwards"
 
 

@@ -48,6 +48,7 @@ class ExampleWave(Wave):
         self.first, self.last = 0, len(self.points)
         self.whole.sizes = sizes
         self.sizes = {kind: size // examples for kind, size in sizes.items()}
+        self.groups.clear()
         self.signs.clear()
 
     def forget(self) -> None:

@@ -35,8 +35,9 @@ class Wave:
     last: int = 0
     sizes: dict[str, int] = field(default_factory=dict)  # rows of one copy: "examples" and "tokens"
     looking: bool = False  # the same rows as when the model was looked at
-    groups: dict[tuple[int, range], tuple[Direction, ...]] = field(default_factory=dict)  # by first and copies
-    grouped: Sequence[Direction] = ()  # of these points
+    groups: dict[range, tuple[Direction, ...]] = field(
+        default_factory=dict
+    )  # of this forward: the points of some copies
     scratch: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict)  # on the CPU, by shape and dtype
     columns: dict[Any, Tensor] = field(default_factory=dict)  # scales of low-rank terms, the same for many matrices
     input: Tensor | None = None  # of the last linear layer; the layers that follow may share it
@@ -47,7 +48,6 @@ class Wave:
     def forget(self) -> None:
         """Hold no activations, no scratch and no points."""
         self.input = self.products = self.leader = None
-        self.grouped = ()
         self.groups.clear()
         self.scratch.clear()
 
@@ -63,12 +63,9 @@ class Wave:
 
     def group(self, copies: range) -> tuple[Direction, ...]:
         """The points of some of the copies: the same object each time, by which `Weights` knows it again."""
-        key = (self.first, copies)
-        if self.grouped is not self.points:
-            self.groups, self.grouped = {}, self.points
-        if key not in self.groups:
-            self.groups[key] = tuple(self.points[self.first + copy] for copy in copies)
-        return self.groups[key]
+        if copies not in self.groups:
+            self.groups[copies] = tuple(self.points[self.first + copy] for copy in copies)
+        return self.groups[copies]
 
     @property
     def copies(self) -> int:

@@ -8,10 +8,11 @@ value with one rounding; nothing is contracted into a fused multiply-add. Precis
             (`core.weights` defines how), or what is stored alone where nothing is carried
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from zotune.kernels.philox import Words
@@ -85,3 +86,10 @@ class Backend(Protocol):
     def update_many(self, additions: Sequence[Addition]) -> None:
         """`update` of many whole tensors on one device, in any order."""
         ...
+
+
+def written(tensors: Iterable[Tensor]) -> None:
+    """What torch's own operations in place do: autograd must know that the old values are gone."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)

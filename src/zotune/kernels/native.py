@@ -21,7 +21,7 @@ from torch import Tensor
 
 from zotune.kernels.codebook import BASE_ROWS, WIDTH, integer_rows
 from zotune.kernels.composed import Composed, Sums
-from zotune.kernels.contract import Addition, Run, Term
+from zotune.kernels.contract import Addition, Run, Term, written
 from zotune.kernels.openmp import find_runtime
 from zotune.kernels.reference import ReferenceBackend
 from zotune.kernels.workspace import workspace
@@ -164,14 +164,14 @@ class NativeBackend(Composed):
             self._update_together(kind, group)
 
     def _update_together(self, kind: int, additions: Sequence[Addition]) -> None:
-        places, written, total = bytearray(), [], 0
+        places, changed, total = bytearray(), [], 0
         for addition in additions:
             _check(addition.stored, addition.stored.dtype, addition.stored.numel())
-            written.append(addition.stored)
+            changed.append(addition.stored)
             address, count = 0, addition.stored.numel()
             if addition.carried is not None:
                 _check(addition.carried, torch.int16, count)
-                written.append(addition.carried)
+                changed.append(addition.carried)
                 address = addition.carried.data_ptr()
             places += _PLACE.pack(addition.stored.data_ptr(), address, addition.site, count)
             total += count
@@ -179,7 +179,7 @@ class NativeBackend(Composed):
         job = _JOB.pack(_room(len(terms)), 0, 0, 0, 0, 0, 0, 0, kind, len(terms), 1, 0, 0, 0)
         threads = _threads(total * len(terms))
         self._update_many(job + self._terms(terms) + _OUT.pack(0, 0), bytes(places), len(additions), threads)
-        _written(written)
+        written(changed)
 
     def _terms(self, terms: Sequence[Term]) -> bytes:
         known, packed = self._packed
@@ -231,10 +231,10 @@ class NativeBackend(Composed):
             0,
         )
         self._run(job + self._terms(terms) + places, _threads(meant * len(terms)))
-        written = [out for out, _ in outs]
+        changed = [out for out, _ in outs]
         if kind == BF16_SPLIT and carried is not None:
-            written.append(carried)
-        _written(written)
+            changed.append(carried)
+        written(changed)
 
 
 def _threads(work: int) -> int:
@@ -262,8 +262,3 @@ def _check(tensor: Tensor, dtype: torch.dtype, count: int) -> None:
             f"The kernels need {count} contiguous {dtype} numbers on the CPU; got {tuple(tensor.shape)} of "
             f"{tensor.dtype} on {tensor.device}."
         )
-
-
-def _written(tensors: Sequence[Tensor]) -> None:
-    """What torch's own operations in place do: autograd must know that the old values are gone."""
-    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])

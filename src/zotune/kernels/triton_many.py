@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.kernels.contract import Addition, Term
+from zotune.kernels.contract import Addition, Term, written
 from zotune.kernels.triton_jit import TILE, update_many
-from zotune.kernels.triton_noise import KINDS, OPTIONS, TritonBackend, book_of, numbers, on, signed, written
+from zotune.kernels.triton_noise import KINDS, OPTIONS, TritonBackend, book_of, numbers, on, signed
 
 KEPT = 16  # tables of addresses that are kept
 

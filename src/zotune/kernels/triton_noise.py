@@ -22,7 +22,7 @@ from torch import Tensor
 
 from zotune.kernels.codebook import integer_rows
 from zotune.kernels.composed import widened
-from zotune.kernels.contract import Run, Term
+from zotune.kernels.contract import Run, Term, written
 from zotune.kernels.triton_draws import MIXED, NORMAL, RADEMACHER
 from zotune.kernels.triton_jit import (
     BF16,
@@ -211,10 +211,3 @@ def _check(tensors: Sequence[Tensor], carried: Tensor | None, run: Run) -> None:
                 f"The kernels need {count} contiguous {dtype} numbers on {first.device}; got {tuple(tensor.shape)} of "
                 f"{tensor.dtype} on {tensor.device}."
             )
-
-
-def written(tensors: Sequence[Tensor]) -> None:
-    """Tell autograd, as torch's own operations in place do."""
-    for tensor in tensors:
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
