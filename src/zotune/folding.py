@@ -1,6 +1,10 @@
-"""Folding: when the moves of low-rank steps are written into the weights, and what counts as the weights until then."""
+"""Folding: when the moves of steps are written into the weights, and what counts as the weights until then.
 
-from collections.abc import Callable, Iterator, Sequence
+Moves of low-rank steps add up as factors beside the weights. A dense move is written by the query that reads the tensor
+next (`Weights.update_all`), which saves a pass over memory and changes no bit.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +16,7 @@ from zotune.core.errors import ClosureError
 from zotune.core.pending import Move, Pending, moves_of
 from zotune.core.site import Site
 from zotune.core.weights import Weights
+from zotune.kernels.contract import Term
 
 Trial = Callable[[Direction, dict[str, Any]], Direction]  # where a rule would move a parameter group
 
@@ -19,11 +24,17 @@ Trial = Callable[[Direction, dict[str, Any]], Direction]  # where a rule would m
 class Folding:
     """Pending moves of an optimizer, folded into its weights in every `every`-th step; 0: nothing is ever pending."""
 
-    def __init__(self, weights: Weights, every: int) -> None:
+    def __init__(self, weights: Weights, every: int, low_rank: bool = True) -> None:
         self.weights = weights
         self.every = every
+        self.low_rank = low_rank  # whether the method's moves are; else they are late
         self.pending = Pending()
         self._inside = False  # of `folded`
+
+    @property
+    def late(self) -> bool:
+        """Whether a step's move is written by the query that reads the tensor next."""
+        return self.every > 0 and not self.low_rank
 
     def check(self) -> None:
         """Weights that are about to be put back cannot be trained."""
@@ -39,6 +50,7 @@ class Folding:
     def weight(self, site: Site) -> Tensor:
         """Full-precision values that count, flat: stored, and what is pending."""
         slot = self.weights.slots[site.name]
+        self.weights.settle([slot])
         if slot.tensor.is_contiguous():
             values = slot.storage.read(slot, site)
         else:  # whose parts are no runs of memory
@@ -76,14 +88,37 @@ class Folding:
 
     def fold(self, seed: int, step: int) -> None:
         """Write what is pending into the weights, with one rounding of each number's sum."""
+        self.weights.settle()
         if self.pending:
             self.weights.low_precision.begin(seed, -1 - step)  # other random bits than the step's own update has
             self.pending.write(self.weights)
             self.pending.clear()
 
+    def state_dict(self) -> list[dict[str, Any]]:
+        """What has not been written yet: tensors, numbers and strings."""
+        late: dict[tuple[Term, ...], list[str]] = {}
+        for slot in self.weights:
+            if slot.late:
+                late.setdefault(slot.late, []).append(slot.site.name)
+        written = [
+            {"names": names, "late": [[*term.key, term.book, float(term.scale)] for term in terms]}
+            for terms, names in late.items()
+        ]
+        return [*self.pending.state_dict(), *written]
+
+    def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Take up what `state_dict` returned, and forget what was waiting before."""
+        self.pending.load_state_dict([saved for saved in state if "late" not in saved])
+        for slot in self.weights:
+            slot.late = ()
+        for saved in state:
+            for name in saved["names"] if "late" in saved else ():
+                self.weights.slots[name].late = tuple(Term((a, b), book, c) for a, b, book, c in saved["late"])
+
     @contextmanager
     def folded(self, seed: int, step: int) -> Iterator[None]:
-        """Folded inside the block; afterwards everything has its own bits again."""
+        """Folded inside the block; afterwards everything has its own bits again (what was late is written, as it will be)."""
+        self.weights.settle()
         if not self.pending:
             yield
             return

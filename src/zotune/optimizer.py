@@ -22,7 +22,14 @@ from zotune.core.weights import Change, Slot, Weights
 from zotune.engines import make_engine
 from zotune.folding import Folding
 from zotune.methods import make_method
-from zotune.parameters import check_folding, check_hyperparameters, default_eps, named_groups, warn_small_eps
+from zotune.parameters import (
+    check_folding,
+    check_hyperparameters,
+    default_eps,
+    makes_low_rank,
+    named_groups,
+    warn_small_eps,
+)
 from zotune.rules import make_rule
 from zotune.saving import describe, refuse_lost_moves, take_up_tensors
 
@@ -58,10 +65,10 @@ class ZO(torch.optim.Optimizer):
         method_options: options of a method given by name.
         rule_options: options of a rule given by name.
         ledger: a `Ledger` or a path: writes down every loss, so that the run can be replayed.
-        fold_every: for low-rank methods with rule "sgd": keep the moves of matrices as factors beside the weights, and
-            write them into the weights every so many steps (50, say) instead of in each. BETWEEN TWO FOLDS THE MODULE'S
-            OWN TENSORS LAG BEHIND: call `fold()` before anything else reads them for good, or look inside `folded()`.
-            0: in each step.
+        fold_every: write moves into the weights every so many steps (50, say; rule "sgd"). Those of low-rank methods add
+            up as factors beside the matrices; a dense move is written by the next step's query as it reads the tensor,
+            the same bits in fewer passes. BETWEEN TWO FOLDS THE MODULE'S OWN TENSORS LAG BEHIND: call `fold()` before
+            anything else reads them for good, or look inside `folded()`. 0: in each step.
 
     Raises:
         ConfigError: a setting out of range, or moves that cannot wait. ParameterError: nothing to train, or packed tensors.
@@ -107,7 +114,7 @@ class ZO(torch.optim.Optimizer):
         check_folding(fold_every, self.method, self.rule, self.param_groups)
         warn_small_eps(tensors, self.param_groups[0]["eps"])
         self.weights = Weights(self._named(), low_precision)
-        self.folding = Folding(self.weights, fold_every)
+        self.folding = Folding(self.weights, fold_every, makes_low_rank(self.method))
         self.engine: Engine = make_engine(engine, self.weights, self.method, self.rule)
         self.ledger = Ledger(ledger) if isinstance(ledger, str | Path) else ledger
         self.last: Outcome | None = None
@@ -256,7 +263,7 @@ class ZO(torch.optim.Optimizer):
         estimate = self.rule.prepare(estimate)
         self._counts["updates"] += 1
         later: set[str] = set()
-        if self.folding.every:
+        if self.folding.every and self.folding.low_rank:
             where = self.seed, self.step_number
             later = self.folding.take(estimate.direction, self.rule.trial, self.param_groups, *where)
         self.weights.low_precision.begin(self.seed, self.step_number)
@@ -269,7 +276,7 @@ class ZO(torch.optim.Optimizer):
             along = [None] * len(slots) if displacements is None else displacements(sites, estimate, group)
             changes = [partial(self._change, estimate, group, self.state[slot.tensor]) for slot in slots]
             moves.extend(zip(slots, changes, along, strict=True))
-        self.weights.update_all(moves)
+        self.weights.update_all(moves, self.folding.late)
 
     def _change(
         self, estimate: Estimate, group: dict[str, Any], state: dict[str, Any], values: Tensor, part: Site
@@ -315,7 +322,7 @@ class ZO(torch.optim.Optimizer):
         """
         self.param_groups[0]["zo_method"] = self.method.state_dict()
         self.param_groups[0]["zo_rule"] = self.rule.state_dict()
-        self.param_groups[0]["zo_pending"] = self.folding.pending.state_dict()
+        self.param_groups[0]["zo_pending"] = self.folding.state_dict()
         state = super().state_dict()
         state["param_groups"][0]["zo_counts"] = dict(self._counts)  # these go on counting
         self._forget_states()
@@ -328,7 +335,7 @@ class ZO(torch.optim.Optimizer):
         take_up_tensors(self, state_dict)
         self.method.load_state_dict(self.param_groups[0]["zo_method"])
         self.rule.load_state_dict(self.param_groups[0]["zo_rule"])
-        self.folding.pending.load_state_dict(self.param_groups[0].get("zo_pending", []))
+        self.folding.load_state_dict(self.param_groups[0].get("zo_pending", []))
         self._forget_states()
         self._asked = None
 

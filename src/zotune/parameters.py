@@ -115,12 +115,6 @@ def check_folding(fold_every: int, method: Method, rule: Rule, groups: Iterable[
     if fold_every < 0:
         raise ConfigError(f"fold_every must be at least 0 steps (0: nothing waits, 50 is usual); got {fold_every}.")
     advice = "Leave it at 0, or"
-    if not makes_low_rank(method):
-        names = ", ".join(name for name, source in SOURCES.items() if getattr(source, "low_rank", False))
-        raise ConfigError(
-            f"fold_every={fold_every} keeps moves as low-rank factors, and method {method.name!r} makes none as it is set. "
-            f"{advice} use lozo, subzero or pgap, or a source of theirs ({names}) where the method has sources."
-        )
     if "slope" in method.needs:
         raise ConfigError(
             f"fold_every={fold_every} leaves stored weights behind, and method {method.name!r} differentiates at the stored "
@@ -128,12 +122,12 @@ def check_folding(fold_every: int, method: Method, rule: Rule, groups: Iterable[
         )
     if not _is_linear(rule):
         raise ConfigError(
-            f"fold_every={fold_every} adds up low-rank moves, and those of rule {rule.name!r} are not multiples of the "
+            f"fold_every={fold_every} writes moves later, and those of rule {rule.name!r} are not multiples of the "
             f"estimate. {advice} use rule sgd."
         )
     if any(float(group["weight_decay"]) for group in groups):
         raise ConfigError(
-            f"fold_every={fold_every} adds up low-rank moves, and weight decay moves every number by itself. {advice} set "
+            f"fold_every={fold_every} writes moves later, and weight decay moves every number by itself. {advice} set "
             "weight_decay to 0."
         )
 

@@ -265,8 +265,8 @@ def test_sizes_decide_alone():
     assert copies_for(32, 99, low_rank=False, by_size=True) == 16
     assert copies_for(100, 99, low_rank=True, by_size=True) == 4, "both sides of a pair stay together"
     assert copies_for(128, 8, low_rank=False, by_size=True) == 4
-    assert copies_for(512, 8, low_rank=False, by_size=True) == 2
-    assert copies_for(513, 8, low_rank=False, by_size=True) == 1
+    assert copies_for(1024, 8, low_rank=False, by_size=True) == 2
+    assert copies_for(1025, 8, low_rank=False, by_size=True) == 1
     assert copies_for(1024, 8, low_rank=True, by_size=True) == 2
     assert copies_for(1024, 1, low_rank=True, by_size=True) == 1
     assert copies_for(0, 3, low_rank=False, by_size=True) == 3

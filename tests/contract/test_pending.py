@@ -344,8 +344,6 @@ def test_refused_steps_move_nothing_and_folds_keep_their_place():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "mezo"}, "method 'mezo' makes none as it is set.*use lozo, subzero or pgap"),
-        ({"method": "kerzoo"}, "method 'kerzoo' makes none"),
         ({"method": "forward_grad", "method_options": {"source": "lozo"}}, "differentiates at the stored weights"),
         ({**LOZO, "rule": "sign"}, "rule 'sign' are not multiples of the estimate.*use rule sgd"),
         ({**LOZO, "rule": "momentum"}, "rule 'momentum' are not multiples"),

@@ -1,6 +1,7 @@
 """All back ends of the CPU give the same bits: the compiled kernels, the pure-torch one, and a spelled-out twin."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ SCALES = st.one_of(
 TERMS = st.builds(Term, st.tuples(WORDS, WORDS), st.sampled_from(["normal", "rademacher"]), SCALES)
 SEVERAL = st.lists(TERMS, min_size=1, max_size=4)
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
-SETTINGS = st.tuples(st.integers(0, 2), st.integers(1, 3))  # instruction set, threads
+SETTINGS = st.tuples(st.integers(0, 3), st.integers(1, 3))  # instruction set, threads
 
 
 @pytest.fixture
@@ -148,6 +149,42 @@ def test_update(native, data, seed, terms, dtype, start, count):
 
 
 SIZES = st.sampled_from([0, 1, 63, 64, 511, 512, 513, 4097, 9000])
+
+
+@pytest.mark.usefixtures("every_call_may_wake_threads")
+@given(data=st.data(), seed=st.integers(0, 99), update=SEVERAL, terms=SEVERAL, dtype=DTYPES, count=SIZES)
+def test_update_and_perturb(native, data, seed, update, terms, dtype, count):
+    """One pass over a tensor: the bits of an update and of what reads it afterwards."""
+    signs = data.draw(st.lists(st.sampled_from([1.0, -1.0]), min_size=1, max_size=3))
+    stored, carried = numbers(count, dtype, seed), low_bits(count, seed) if dtype.itemsize == 2 else None
+    ours, expected = (
+        Addition(stored.clone(), None if carried is None else carried.clone(), data.draw(SITES), update) for _ in "ab"
+    )
+    expected = replace(expected, site=ours.site)
+    sides = [[torch.zeros_like(stored) for _ in signs] for _ in "ab"]
+    versions = [t._version for t in (ours.stored, *sides[0])]
+    prepare(native, data)
+    native.update_and_perturb(ours, list(zip(sides[0], signs, strict=True)), terms)
+    expected.apply(REFERENCE.update)
+    REFERENCE.perturb(list(zip(sides[1], signs, strict=True)), *expected.flat, terms)
+    same(ours.stored, expected.stored)
+    if carried is not None:
+        same(ours.carried, expected.carried)
+    for one, other in zip(*sides, strict=True):
+        same(one, other)
+    if count:  # autograd is told
+        assert all(t._version > before for t, before in zip((ours.stored, *sides[0]), versions, strict=True))
+
+
+@pytest.mark.parametrize("few", [1, 200])
+def test_an_update_and_a_query_of_many_terms(native, few):
+    many = [Term((k, 0), "rademacher", 1e-3) for k in range(native_module.MOST_TERMS)]
+    one, other = (Addition(torch.zeros(700), None, 3, many[:few]) for _ in "ab")
+    outs = [torch.zeros(700) for _ in "ab"]
+    native.update_and_perturb(one, [(outs[0], 1.0)], many)
+    REFERENCE.update_and_perturb(other, [(outs[1], 1.0)], many)
+    same(outs[0], outs[1])
+    same(one.stored, other.stored)
 
 
 @pytest.mark.usefixtures("every_call_may_wake_threads")

@@ -18,7 +18,7 @@ from zotune.core.direction import Combination, Noise
 from zotune.core.noise import stream
 from zotune.core.site import Site
 from zotune.core.weights import Weights
-from zotune.kernels.contract import Run, Term
+from zotune.kernels.contract import Addition, Run, Term
 from zotune.kernels.dispatch import using
 from zotune.optimizer import ZO
 
@@ -307,6 +307,25 @@ def test_no_terms_are_no_displacement(device, dtype):
     weights.perturb(slot, slot.site, Combination(), expected := torch.empty(1000, dtype=dtype))
     assert same(outs[0][0], expected)
     assert same(outs[1][0], expected)
+    assert same(stored, slot.tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_and_what_reads_it(device, dtype):
+    weights, slot = slot_of(1000, dtype, carry=dtype in LOW)
+    stored, carried = (
+        slot.tensor.to(device, copy=True),
+        None if slot.carried is None else slot.carried.to(device, copy=True),
+    )
+    update, moved = [(1, "normal", 1e-4)], [(2, "normal", 1e-2)]
+    outs = [(torch.empty_like(stored), sign) for sign in (1.0, -1.0)]
+    addition = Addition(stored, carried, slot.site.id, terms(update, device))
+    backend(device).update_and_perturb(addition, outs, terms(moved, device))
+    slot.late = tuple(terms(update, "cpu"))
+    z = direction(moved)
+    expected = [torch.empty(1000, dtype=dtype) for _ in outs]
+    weights.perturb_many(slot, slot.site, (z, -z), expected)
+    assert all(same(out, want) for (out, _), want in zip(outs, expected, strict=True))
     assert same(stored, slot.tensor)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zotune.core.noise import stream
 from zotune.core.site import Site
+from zotune.kernels.contract import Term
 from zotune.kernels.halves import JOIN, SPLIT
 from zotune.kernels.philox import words
 
@@ -32,6 +33,7 @@ class Slot:
     tensor: Tensor
     storage: "Storage"
     carried: Tensor | None = None  # int16, same shape, once there is something to carry
+    late: tuple[Term, ...] = ()  # an update that `core.weights` has yet to write: see `Weights.settle`
 
     def stored(self, part: Site) -> Tensor:
         """The stored numbers of a part: a view for a run of elements, a copy for chosen rows."""

@@ -67,10 +67,13 @@ class Weights:
 
     def perturb(self, slot: Slot, part: Site, point: Direction, out: Tensor) -> None:
         """out = round(value + point) for a part of a site; `out` may be the stored tensor itself."""
+        if slot.late and out is slot.tensor:
+            self.settle([slot])
         terms = table_terms(point, part) if _dense(slot, part, [out]) else None
         if terms:
             _in_one_pass(slot, part, terms, [(out, 1.0)])
             return
+        self.settle([slot])
         if isinstance(slot.storage, Exact):
             if out is not slot.tensor:
                 out.copy_(slot.stored(part).view(out.shape))
@@ -93,15 +96,33 @@ class Weights:
         for k in rest:
             self.perturb(slot, part, points[k], outs[k])
 
-    def update_all(self, moves: Iterable[tuple[Slot, Change, Direction | None]]) -> None:
-        """`update` of many tensors: those that move along table noise together, in one call or launch."""
+    def update_all(self, moves: Iterable[tuple[Slot, Change, Direction | None]], late: bool = False) -> None:
+        """`update` of many tensors: those that move along table noise together, in one call or launch.
+
+        With `late` these are written by whatever reads them next through this object, in the same pass over memory, or by
+        `settle`; until then the stored tensors lag behind. The bits are the same.
+        """
         together: dict[torch.device, list[Addition]] = {}
+        moves = list(moves)
+        self.settle(slot for slot, _, _ in moves)
         for slot, change, along in moves:
-            if (addition := _as_addition(slot, along)) is not None:
-                together.setdefault(slot.tensor.device, []).append(addition)
-            else:
+            if (addition := _as_addition(slot, along)) is None:
                 self.update(slot, change)
+            elif late:
+                slot.late = tuple(addition.terms)
+            else:
+                together.setdefault(slot.tensor.device, []).append(addition)
         for device, additions in together.items():
+            backend_for(device).update_many(additions)
+
+    def settle(self, slots: Iterable[Slot] | None = None) -> None:
+        """Write the updates that are late, of all tensors or of some: before anything reads the tensors themselves."""
+        late: dict[torch.device, list[Addition]] = {}
+        for slot in self if slots is None else slots:
+            if slot.late:
+                late.setdefault(slot.tensor.device, []).append(_addition(slot, slot.late))
+                slot.late = ()
+        for device, additions in late.items():
             backend_for(device).update_many(additions)
 
     def update(self, slot: Slot, change: Change, along: Direction | None = None) -> None:
@@ -112,6 +133,7 @@ class Weights:
             change: changes the values of a part in place.
             along: if all that `change` does is to add this direction, then it may be added in one pass instead.
         """
+        self.settle([slot])
         if (addition := _as_addition(slot, along)) is not None:
             addition.apply(backend_for(slot.tensor.device).update)
             return
@@ -129,8 +151,10 @@ def _as_addition(slot: Slot, along: Direction | None) -> Addition | None:
     if along is None or not isinstance(slot.storage, (Carried, Exact)) or not _dense(slot, slot.site, []):
         return None
     terms = table_terms(along, slot.site)
-    if not terms:
-        return None
+    return _addition(slot, terms) if terms else None
+
+
+def _addition(slot: Slot, terms: tuple[Term, ...]) -> Addition:
     low = slot.storage.low_bits(slot) if isinstance(slot.storage, Carried) else None
     return Addition(slot.tensor, low, slot.site.id, terms)
 
@@ -145,11 +169,16 @@ def _dense(slot: Slot, part: Site, outs: Sequence[Tensor]) -> bool:
 
 def _in_one_pass(slot: Slot, part: Site, terms: tuple[Term, ...], outs: Sequence[tuple[Tensor, float]]) -> None:
     """out = round(value + sign * terms) for each (out, sign)."""
+    backend, flat = backend_for(slot.tensor.device), [(_flat(out), sign) for out, sign in outs]
+    if slot.late:
+        addition, slot.late = _addition(slot, slot.late), ()
+        if part is slot.site:
+            backend.update_and_perturb(addition, flat, terms)
+            return
+        addition.apply(backend.update)
     carried = slot.carried if isinstance(slot.storage, Carried) else None
     low = None if carried is None else _flat(select(carried, slot.site, part))
-    run, device = run_of(part, slot.tensor.device), slot.tensor.device
-    flat = [(_flat(out), sign) for out, sign in outs]
-    backend_for(device).perturb(flat, _flat(slot.stored(part)), low, run, terms)
+    backend.perturb(flat, _flat(slot.stored(part)), low, run_of(part, slot.tensor.device), terms)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ class Batched(Layerwise):
 
     def example_losses(self, points: Sequence[Direction], closure: Closure, seed: int) -> Tensor:
         """The loss of each example at each point, with one more product in each layer for all of them."""
+        self.weights.settle()
         return self._examples.losses(points, closure, seed)
 
     def _wave(self, points: Sequence[Direction], closure: Closure, seed: int) -> list[float]:
@@ -115,6 +116,7 @@ class Batched(Layerwise):
     def _search(self, closure: Closure, seed: int) -> None:
         """One forward at the current weights: which part of the model can answer for several points?"""
         self.served, self._ran_in = None, []
+        self.weights.settle()
         try:
             if self.direct:
                 raise Unsuited("tensors are read outside their module")

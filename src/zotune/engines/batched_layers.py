@@ -96,30 +96,26 @@ class CopiedLinear(Copied):
     # Dense points
 
     def _dense(self, rows: Tensor, slot: Slot, bias: Tensor | None, biases: Tensor | None) -> Tensor:
-        """Copy by copy, with the matrix of each copy in scratch; two are made at a time."""
+        """A product of each copy's rows with its matrix in scratch; two are made and multiplied at a time."""
         copies, each, like = self.wave.copies, rows.shape[0] // self.wave.copies, slot.tensor
         width = like.shape[1] if self.transposed else like.shape[0]
-        made = None if _casts(rows, like) else rows.new_empty(rows.shape[0], width)
+        into = None if _casts(rows, like) else rows.new_empty(copies, each, width)
         pieces: list[Tensor] = []
         for start in range(0, copies, AT_ONCE):
-            group = range(start, min(start + AT_ONCE, copies))
-            scratch = self.wave.matrices(like)[: len(group)]
-            self.fill("weight", slot.site, group, scratch)
-            for matrix, copy in zip(scratch, group, strict=True):
-                own, part = bias if biases is None else biases[copy], slice(copy * each, (copy + 1) * each)
-                if made is None:
-                    pieces.append(self._product(rows[part], matrix, own))
-                else:
-                    self._into(made[part], rows[part], matrix, own)
-        return torch.cat(pieces) if made is None else made
-
-    def _into(self, out: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | None) -> None:
-        """`_product`, the same bits, without a tensor of its own."""
-        turned = matrix if self.transposed else matrix.t()
-        if bias is None:
-            torch.mm(rows, turned, out=out)
-        else:
-            torch.addmm(bias, rows, turned, out=out)
+            stop = min(start + AT_ONCE, copies)
+            whole, scratch = self.wave.matrices(like)
+            self.fill("weight", slot.site, range(start, stop), scratch[: stop - start])
+            factors = whole[: stop - start] if self.transposed else whole[: stop - start].transpose(1, 2)
+            own = rows[start * each : stop * each].reshape(stop - start, each, -1)
+            out = None if into is None else into[start:stop]
+            if biases is not None:
+                made = torch.baddbmm(biases[start:stop].unsqueeze(1), own, factors, out=out)
+            elif bias is not None:
+                made = torch.baddbmm(bias, own, factors, out=out)
+            else:
+                made = torch.bmm(own, factors, out=out)
+            pieces.append(made)
+        return (torch.cat(pieces) if into is None else into).view(rows.shape[0], width)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Low-rank points

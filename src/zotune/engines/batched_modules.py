@@ -38,7 +38,7 @@ class Wave:
     groups: dict[range, tuple[Direction, ...]] = field(
         default_factory=dict
     )  # of this forward: the points of some copies
-    scratch: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict)  # on the CPU, by shape and dtype
+    scratch: dict[Any, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)  # by shape and dtype
     columns: dict[Any, Tensor] = field(default_factory=dict)  # scales of low-rank terms, the same for many matrices
     input: Tensor | None = None  # of the last linear layer; the layers that follow may share it
     version: int = 0  # how often it had been written to
@@ -51,13 +51,13 @@ class Wave:
         self.groups.clear()
         self.scratch.clear()
 
-    def matrices(self, like: Tensor) -> tuple[Tensor, ...]:
-        """AT_ONCE uninitialised tensors like this one, valid until they are asked for again."""
+    def matrices(self, like: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(AT_ONCE, *shape) uninitialised numbers like this tensor's, valid until they are asked for again; and each."""
         made = self.scratch.get((like.shape, like.dtype)) if like.is_cpu else None
         if made is None:
-            flat = [workspace(f"copy {k}", like.numel(), like.dtype, like.device) for k in range(AT_ONCE)]
-            made = tuple(each.view(like.shape) for each in flat)
-            if like.is_cpu:  # views of two buffers; other devices would keep memory of its own for each shape
+            whole = workspace("copies", AT_ONCE * like.numel(), like.dtype, like.device).view(AT_ONCE, *like.shape)
+            made = whole, whole.unbind()
+            if like.is_cpu:  # views of one buffer; other devices would keep memory of its own for each shape
                 self.scratch[like.shape, like.dtype] = made
         return made
 

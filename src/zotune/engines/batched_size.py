@@ -5,7 +5,7 @@ fewer; at 1,000 tokens the difference is lost in the noise, and the copies' acti
 write no weights, are never slower together; several directions gain while a forward is small.
 """
 
-DENSE_TOKENS = 512  # of one copy: above this, points on dense directions are asked one at a time
+DENSE_TOKENS = 1024  # of one copy: above this, points on dense directions are asked one at a time
 TOGETHER = 512  # tokens of all copies, where there are more than two of them: bounds activations
 ANY = 1 << 14  # the same, for those who ask for the batched engine by name
 

@@ -39,6 +39,7 @@ class InPlace:
 
     def losses(self, points: Sequence[Direction], closure: Closure, seed: int) -> Tensor:
         """See `Engine.losses`."""
+        self.weights.settle()
         if self._unread is None:
             self._survey(closure, seed)
         answers = []
@@ -50,6 +51,7 @@ class InPlace:
 
     def slope(self, direction: Direction, closure: Closure, seed: int) -> tuple[float, float]:
         """The loss at the current weights and its derivative along a direction."""
+        self.weights.settle()
         if self._unread is None:
             self._survey(closure, seed)
         loss, derivative = ask_slope(self, direction, closure, seed)
@@ -60,6 +62,7 @@ class InPlace:
 
     def example_losses(self, points: Sequence[Direction], closure: Closure, seed: int) -> Tensor:
         """The loss of each example at each point, by as many forwards as there are examples."""
+        self.weights.settle()
         return one_by_one(self, points, closure, seed)
 
     @contextmanager
@@ -74,6 +77,7 @@ class InPlace:
     def at(self, point: Direction, only: Collection[str] | None = None) -> Iterator[None]:
         """The stored tensors hold the perturbed values inside the block, and their own bits after it."""
         slots = [s for s in self.weights if point.touches(s.site) and (only is None or s.site.name in only)]
+        self.weights.settle(slots)
         saved: list[tuple[Slot, Tensor]] = []
         try:
             for slot in slots:

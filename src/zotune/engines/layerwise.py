@@ -64,6 +64,8 @@ class Layerwise(Swapping):
 
     def losses(self, points: Sequence[Direction], closure: Closure, seed: int) -> Tensor:
         """See `Engine.losses`."""
+        if not all(point.uniform and self._moves(point) for point in points):
+            self.weights.settle()  # else every tensor is read through `Weights`, which writes late updates on the way
         moving = next((point for point in points if self._moves(point)), None)
         if self._owners is None:
             self._look(moving, closure, seed)
@@ -77,6 +79,7 @@ class Layerwise(Swapping):
 
     def slope(self, direction: Direction, closure: Closure, seed: int) -> tuple[float, float]:
         """The loss at the current weights and its derivative along a direction."""
+        self.weights.settle()
         near = probe_scale(self.weights) * direction
         moving = near if self._moves(near) else None
         if self._owners is None:
@@ -94,6 +97,7 @@ class Layerwise(Swapping):
 
     def example_losses(self, points: Sequence[Direction], closure: Closure, seed: int) -> Tensor:
         """The loss of each example at each point, by as many forwards as there are examples."""
+        self.weights.settle()
         return one_by_one(self, points, closure, seed)
 
     def _wave(self, points: Sequence[Direction], closure: Closure, seed: int) -> list[float]:
@@ -114,6 +118,7 @@ class Layerwise(Swapping):
     # Looking at the model, once
 
     def _look(self, point: Direction | None, closure: Closure, seed: int) -> None:
+        self.weights.settle()
         try:
             self._survey(closure, seed)
             self._find_leaks(point, closure, seed)

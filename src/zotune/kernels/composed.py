@@ -86,6 +86,13 @@ class Composed(ABC):
         for addition in additions:
             addition.apply(self.update)
 
+    def update_and_perturb(
+        self, addition: Addition, outs: Sequence[tuple[Tensor, float]], terms: Sequence[Term]
+    ) -> None:
+        """See `Backend.update_and_perturb`."""
+        addition.apply(self.update)
+        self.perturb(outs, *addition.flat, terms)
+
 
 def chunks(run: Run, *tensors: Tensor) -> Iterator[tuple[int, int, Sequence[Tensor]]]:
     """(offset, count, parts of the tensors) of a run, a chunk at a time; chosen rows come whole."""

@@ -1,6 +1,6 @@
 """What a back end of the fused kernels does: table noise is made, multiplied and added in one pass over memory.
 
-Three functions on one run of elements (or on chosen rows) of one site. All back ends give the same bits: each product
+Functions on one run of elements (or on chosen rows) of one site. All back ends give the same bits: each product
 scale * z is rounded to the precision of the sum; several are summed in their order, starting from -0.0; the sum is added to the
 value with one rounding; nothing is contracted into a fused multiply-add. Precision is fp32 (fp64 for fp64 tensors).
 
@@ -50,10 +50,15 @@ class Addition:
     site: int  # 64-bit id
     terms: Sequence[Term]
 
+    @property
+    def flat(self) -> tuple[Tensor, Tensor | None, Run]:
+        """The tensors as one run of elements."""
+        flat = self.stored.view(-1)
+        return flat, None if self.carried is None else self.carried.view(-1), Run(self.site, 0, flat.numel())
+
     def apply(self, update: Update) -> None:
         """By a call of its own."""
-        flat, carried = self.stored.view(-1), None if self.carried is None else self.carried.view(-1)
-        update(flat, carried, Run(self.site, 0, flat.numel()), self.terms)
+        update(*self.flat, self.terms)
 
 
 class Backend(Protocol):
@@ -85,6 +90,12 @@ class Backend(Protocol):
 
     def update_many(self, additions: Sequence[Addition]) -> None:
         """`update` of many whole tensors on one device, in any order."""
+        ...
+
+    def update_and_perturb(
+        self, addition: Addition, outs: Sequence[tuple[Tensor, float]], terms: Sequence[Term]
+    ) -> None:
+        """`update` of one whole tensor, and then `perturb` of it: in one pass where there is a kernel for that."""
         ...
 
 

@@ -42,7 +42,7 @@ typedef struct {
 } Place;
 
 /* What native.py packs: a Job, its Terms, its Outs. */
-typedef struct {
+typedef struct Job {
     void *scaled;           /* room for BASE * ROW numbers of each term, in the precision of the sums */
     const void *stored;
     int16_t *carried;       /* or NULL */
@@ -51,8 +51,9 @@ typedef struct {
     int64_t start, count;   /* a run of elements; with `rows`, their number in all */
     int64_t width;          /* elements in a row of the tensor */
     int32_t kind, terms, outs, unused;
-    const Term *term;       /* these two are set here */
+    const Term *term;       /* these three are set here */
     const Out *out;
+    const struct Job *before; /* or NULL: an update of the same elements, made first */
 } Job;
 
 static const uint32_t BIT[32] = {1u << 0,  1u << 1,  1u << 2,  1u << 3,  1u << 4,  1u << 5,  1u << 6,  1u << 7,
@@ -87,40 +88,60 @@ typedef void Work(const Job *, int64_t, int64_t);
 #define LEVEL(name) name##_plain
 #include "native_loops.h"
 #undef LEVEL
-#if defined(__x86_64__) && defined(__clang__)
-#define LEVEL(name) name##_avx2
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
-#include "native_loops.h"
-#pragma clang attribute pop
-#undef LEVEL
-#define LEVEL(name) name##_avx512
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
-#include "native_loops.h"
-#pragma clang attribute pop
-#elif defined(__x86_64__) && defined(__GNUC__)
-#define LEVEL(name) name##_avx2
-#pragma GCC push_options
-#pragma GCC target("avx2")
-#include "native_loops.h"
-#pragma GCC pop_options
-#undef LEVEL
-#define LEVEL(name) name##_avx512
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-#include "native_loops.h"
-#pragma GCC pop_options
-#endif
 
 #if defined(__x86_64__) && defined(__GNUC__)
-static Work *const WORK[] = {work_plain, work_avx2, work_avx512};
+#define PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define BEGIN_TARGET(set) PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
+#else
+#define BEGIN_TARGET(set) PRAGMA(GCC push_options) PRAGMA(GCC target(set))
+#define END_TARGET PRAGMA(GCC pop_options)
+#endif
+
+BEGIN_TARGET("avx2")
+#define LEVEL(name) name##_avx2
+#include "native_loops.h"
+#undef LEVEL
+END_TARGET
+
+#include <immintrin.h>
+
+/* Which of 64 halves, 32 of the first and 32 of the second operand, a permutation takes. */
+#define EACH32(OF)                                                                                                     \
+    {OF(0),  OF(1),  OF(2),  OF(3),  OF(4),  OF(5),  OF(6),  OF(7),  OF(8),  OF(9),  OF(10), OF(11), OF(12), OF(13), OF(14), OF(15), \
+     OF(16), OF(17), OF(18), OF(19), OF(20), OF(21), OF(22), OF(23), OF(24), OF(25), OF(26), OF(27), OF(28), OF(29), OF(30), OF(31)}
+#define JOINED(i) ((i) / 2 + (i) % 2 * 32)
+#define JOINED_AFTER(i) (JOINED(i) + 16)
+#define EVEN(i) (2 * (i))
+#define ODD(i) (2 * (i) + 1)
+typedef uint16_t Halves[32] __attribute__((aligned(64)));
+static const Halves FIRST = EACH32(JOINED), SECOND = EACH32(JOINED_AFTER), LOWER = EACH32(EVEN), UPPER = EACH32(ODD);
+
+#define OWN_ROWS
+BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl")
+#define LEVEL(name) name##_avx512
+#include "native_avx512.h"
+#include "native_loops.h"
+#undef LEVEL
+END_TARGET
+BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#define LEVEL(name) name##_avx512_bf16
+#define BF16_INSTRUCTIONS
+#include "native_avx512.h"
+#include "native_loops.h"
+#undef LEVEL
+END_TARGET
+
+static Work *const WORK[] = {work_plain, work_avx2, work_avx512, work_avx512_bf16};
 
 static int best(void) {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2")) return 0;
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-               ? 2
-               : 1;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        return 1;
+    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
 }
 #else
 static Work *const WORK[] = {work_plain};
@@ -190,16 +211,21 @@ static Job unpacked(const char *packed) {
     memcpy(&job, packed, sizeof(Job));
     job.term = (const Term *)(packed + sizeof(Job));
     job.out = (const Out *)(job.term + job.terms);
+    job.before = NULL;
     scale_rows(&job);
     return job;
 }
 
+static void run_job(Job *job, int threads) {
+    if (threads > 1 && parallel)
+        parallel(share, job, (unsigned)threads, 0);
+    else
+        WORK[level](job, 0, job->count);
+}
+
 void zotune_run(const char *packed, int threads) {
     Job job = unpacked(packed);
-    if (threads > 1 && parallel)
-        parallel(share, &job, (unsigned)threads, 0);
-    else
-        WORK[level](&job, 0, job.count);
+    run_job(&job, threads);
 }
 
 typedef struct {
@@ -241,6 +267,14 @@ void zotune_update_many(const char *packed, const Place *place, int64_t places, 
         update_part(&many, 0, 1);
 }
 
+/* An update of a whole tensor by terms of its own, and a Job that reads the tensor after it, in one pass. */
+void zotune_update_and_run(const char *update, const char *packed, int threads) {
+    const Job before = unpacked(update);
+    Job job = unpacked(packed);
+    job.before = &before;
+    run_job(&job, threads);
+}
+
 static void count_team(void *data) {
     if (thread_number() == 0) *(int *)data = team_size();
 }
@@ -253,4 +287,4 @@ int zotune_team(int threads) {
 }
 
 /* Raised with every change of Job, Term or of what a function means: native.py refuses any other. */
-int zotune_abi(void) { return 2; }
+int zotune_abi(void) { return 3; }

@@ -26,7 +26,8 @@ from zotune.kernels.openmp import find_runtime
 from zotune.kernels.reference import ReferenceBackend
 from zotune.kernels.workspace import workspace
 
-ABI = 2  # what `zotune_abi` of native.c must say
+ABI = 3  # what `zotune_abi` of native.c must say
+KEPT = 4  # packed terms: of an update and of a query
 MOST_TERMS = 256  # of one call, as in native.c; more go through the reference
 BOOKS = {"normal": 0, "rademacher": 1}
 EXACT = {torch.float32: 0, torch.float64: 1}
@@ -40,7 +41,7 @@ class MissingError(Exception):
 
 
 _ROOM = 8 * BASE_ROWS * WIDTH  # bytes for one term
-_JOB = struct.Struct("@PPPPQqqqiiiiPP")  # the structs of native.c, padding included
+_JOB = struct.Struct("@PPPPQqqqiiiiPPP")  # the structs of native.c, padding included
 _TERM = struct.Struct("@IIiid")
 _OUT = struct.Struct("@Pq")
 _PLACE = struct.Struct("@PPQq")
@@ -81,6 +82,8 @@ def load(path: Path) -> ctypes.CDLL:
     library.zotune_run.restype = None
     library.zotune_update_many.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int]
     library.zotune_update_many.restype = None
+    library.zotune_update_and_run.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int]
+    library.zotune_update_and_run.restype = None
     library.zotune_level(-1)
     return library
 
@@ -96,14 +99,17 @@ class NativeBackend(Composed):
         library.zotune_codebook(base.ctypes.data_as(ctypes.c_void_p))
         self._reference = ReferenceBackend()
         self._run, self._update_many = library.zotune_run, library.zotune_update_many
-        self._packed: tuple[Sequence[Term], bytes] = ((), b"")  # the last terms: the same for most tensors of a model
+        self._update_and_run = library.zotune_update_and_run
+        self._packed: dict[
+            int, tuple[Sequence[Term], bytes]
+        ] = {}  # the last terms: the same for most tensors of a model
         self.runtime = find_runtime()
         if self.runtime.addresses:
             library.zotune_threads(*(ctypes.c_void_p(address) for address in self.runtime.addresses))
 
     def level(self, wanted: int = -1) -> str:
-        """Use an instruction set (0, 1 or 2; -1: the best there is) and say which one it is now."""
-        return ("plain", "AVX2", "AVX-512")[self._library.zotune_level(wanted)]
+        """Use an instruction set (0 to 3; -1: the best there is) and say which one it is now."""
+        return ("plain", "AVX2", "AVX-512", "AVX-512 with bf16")[self._library.zotune_level(wanted)]
 
     def team(self, threads: int) -> int:
         """Threads that a call gets if it asks for so many."""
@@ -176,19 +182,41 @@ class NativeBackend(Composed):
             places += _PLACE.pack(addition.stored.data_ptr(), address, addition.site, count)
             total += count
         terms = additions[0].terms
-        job = _JOB.pack(_room(len(terms)), 0, 0, 0, 0, 0, 0, 0, kind, len(terms), 1, 0, 0, 0)
+        job = _JOB.pack(_room(len(terms)), 0, 0, 0, 0, 0, 0, 0, kind, len(terms), 1, 0, 0, 0, 0)
         threads = _threads(total * len(terms))
         self._update_many(job + self._terms(terms) + _OUT.pack(0, 0), bytes(places), len(additions), threads)
         written(changed)
 
+    def update_and_perturb(
+        self, addition: Addition, outs: Sequence[tuple[Tensor, float]], terms: Sequence[Term]
+    ) -> None:
+        """See `Backend.update_and_perturb`."""
+        stored, carried, run = addition.flat
+        kinds = (BF16_SPLIT, BF16_CARRIED) if stored.dtype == torch.bfloat16 and carried is not None else None
+        if stored.dtype in EXACT:
+            kinds = (EXACT[stored.dtype],) * 2
+        own = addition.terms
+        if kinds is None or not (self._takes(own) and self._takes(terms) and self._takes([*own, *terms])):
+            super().update_and_perturb(addition, outs, terms)
+        elif run.count:
+            room = _room(len(own) + len(terms))
+            update = self._job(kinds[0], [(stored, 1.0)], stored, carried, run, own, room)
+            job = self._job(kinds[1], outs, stored, carried, run, terms, room + len(own) * _ROOM)
+            self._update_and_run(update, job, _threads(run.count * (len(own) + len(terms))))
+            written(
+                [stored, *(out for out, _ in outs)] if carried is None else [stored, carried, *(o for o, _ in outs)]
+            )
+
     def _terms(self, terms: Sequence[Term]) -> bytes:
-        known, packed = self._packed
+        known, packed = self._packed.get(id(terms), ((), b""))
         if known is terms:
             return packed
         made = [_TERM.pack(*term.key, BOOKS[term.book], 0, float(term.scale)) for term in terms]
         packed = b"".join(made)
         if isinstance(terms, tuple) and not any(isinstance(term.scale, Tensor) for term in terms):
-            self._packed = (terms, packed)  # of what cannot change
+            if len(self._packed) >= KEPT:
+                self._packed.clear()
+            self._packed[id(terms)] = (terms, packed)  # of what cannot change
         return packed
 
     def _takes(self, terms: Sequence[Term]) -> bool:
@@ -203,38 +231,39 @@ class NativeBackend(Composed):
         run: Run,
         terms: Sequence[Term],
     ) -> None:
+        if run.rows is not None:  # held until the call is over
+            run = replace(run, rows=run.rows.to("cpu", torch.int64).contiguous())
+        job = self._job(kind, outs, stored, carried, run, terms, _room(len(terms)))
+        if stored.numel() and outs:
+            self._run(job, _threads(stored.numel() * len(terms)))
+            changed = [out for out, _ in outs]
+            if kind == BF16_SPLIT and carried is not None:
+                changed.append(carried)
+            written(changed)
+
+    def _job(
+        self,
+        kind: int,
+        outs: Sequence[tuple[Tensor, float]],
+        stored: Tensor,
+        carried: Tensor | None,
+        run: Run,
+        terms: Sequence[Term],
+        room: int,
+    ) -> bytes:
+        """A Job of native.c, with its Terms and Outs. The caller holds the tensors until it is done."""
         meant = run.count if run.rows is None else run.rows.numel() * run.width
         _check(stored, stored.dtype, meant)
+        if carried is not None:
+            _check(carried, torch.int16, meant)
         places = b""
         for out, sign in outs:
             _check(out, stored.dtype, meant)
             places += _OUT.pack(out.data_ptr(), sign < 0)
-        if carried is not None:
-            _check(carried, torch.int16, meant)
-        if not (meant and outs):
-            return
-        rows = None if run.rows is None else run.rows.to("cpu", torch.int64).contiguous()
-        job = _JOB.pack(
-            _room(len(terms)),
-            stored.data_ptr(),
-            0 if carried is None else carried.data_ptr(),
-            0 if rows is None else rows.data_ptr(),
-            run.site,
-            run.start,
-            meant,
-            run.width,
-            kind,
-            len(terms),
-            len(outs),
-            0,
-            0,
-            0,
-        )
-        self._run(job + self._terms(terms) + places, _threads(meant * len(terms)))
-        changed = [out for out, _ in outs]
-        if kind == BF16_SPLIT and carried is not None:
-            changed.append(carried)
-        written(changed)
+        rows = 0 if run.rows is None else run.rows.data_ptr()
+        low = 0 if carried is None else carried.data_ptr()
+        sizes = (run.site, run.start, meant, run.width, kind, len(terms), len(outs), 0, 0, 0, 0)
+        return _JOB.pack(room, stored.data_ptr(), low, rows, *sizes) + self._terms(terms) + places
 
 
 def _threads(work: int) -> int:

@@ -126,10 +126,12 @@ static void LEVEL(edge)(const Job *job, const uint32_t (*words)[WORDS], int row,
         LEVEL(add_bf16)(job, single + inside, at, count, job->kind);
 }
 
+#ifndef OWN_ROWS
 /* Whole rows of one kind; `one`: of one term of numbers, whose scale stays in a register. */
 INLINE void LEVEL(rows)(const Job *job, const uint32_t (*words)[WORDS], int row, int last, int64_t at, int kind, int one) {
     for (; row < last; row++, at += ROW) {
         float sum[ROW];
+        if (job->before) LEVEL(edge)(job->before, words + job->terms, row, 0, at, ROW);
         LEVEL(sum_float)(sum, job, words, row, one);
         if (kind == FP32)
             LEVEL(add_float)(job, sum, at, ROW);
@@ -137,6 +139,7 @@ INLINE void LEVEL(rows)(const Job *job, const uint32_t (*words)[WORDS], int row,
             LEVEL(add_bf16)(job, sum, at, ROW, kind);
     }
 }
+#endif
 #define ROWS(KIND)                                                                                                     \
     static void LEVEL(rows_##KIND)(const Job *job, const uint32_t (*words)[WORDS], int row, int last, int64_t at) {    \
         if (job->terms == 1 && job->term->book == NUMBERS)                                                             \
@@ -150,7 +153,10 @@ ROWS(BF16_CARRIED)
 ROWS(BF16_SPLIT)
 
 static void LEVEL(rows_FP64)(const Job *job, const uint32_t (*words)[WORDS], int row, int last, int64_t at) {
-    for (; row < last; row++, at += ROW) LEVEL(edge)(job, words, row, 0, at, ROW);
+    for (; row < last; row++, at += ROW) {
+        if (job->before) LEVEL(edge)(job->before, words + job->terms, row, 0, at, ROW);
+        LEVEL(edge)(job, words, row, 0, at, ROW);
+    }
 }
 
 /* Elements element ... element + count - 1 of the site, which lie at `at` in the tensors. */
@@ -162,11 +168,14 @@ static void LEVEL(run)(const Job *job, int64_t element, int64_t count, int64_t a
     while (element < end) {
         const int64_t tile = element / TILE * TILE, stop = tile + TILE < end ? tile + TILE : end;
         LEVEL(draw)(words, job, element, stop);
+        if (job->before) LEVEL(draw)(words + job->terms, job->before, element, stop);
         while (element < stop) {
             const int row = (int)(element - tile) / ROW, inside = (int)(element % ROW);
             int64_t done = (stop - tile) / ROW * ROW - (element - tile); /* whole rows, if it begins with one */
             if (inside || done < ROW) {
                 done = stop - element < ROW - inside ? stop - element : ROW - inside;
+                if (job->before)
+                    LEVEL(edge)(job->before, (const uint32_t (*)[WORDS])words + job->terms, row, inside, at, (int)done);
                 LEVEL(edge)(job, (const uint32_t (*)[WORDS])words, row, inside, at, (int)done);
             } else
                 ROWS_OF[job->kind](job, (const uint32_t (*)[WORDS])words, row, row + (int)(done / ROW), at);

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from zotune.kernels.codebook import integer_rows
 from zotune.kernels.composed import widened
-from zotune.kernels.contract import Run, Term, written
+from zotune.kernels.contract import Addition, Run, Term, written
 from zotune.kernels.triton_draws import MIXED, NORMAL, RADEMACHER
 from zotune.kernels.triton_jit import (
     BF16,
@@ -108,6 +108,13 @@ class TritonBackend:
             kernel = update_run if run.rows is None else update_rows
             kernel[_grid(run)](whole, whole if carried is None else carried, **shared)
         written([stored] if carried is None else [stored, carried])
+
+    def update_and_perturb(
+        self, addition: Addition, outs: Sequence[tuple[Tensor, float]], terms: Sequence[Term]
+    ) -> None:
+        """See `Backend.update_and_perturb`."""
+        addition.apply(self.update)
+        self.perturb(outs, *addition.flat, terms)
 
     def table(self, terms: Sequence[Term], device: torch.device) -> Tensor:
         """The terms as the kernels read them: (terms, 3) int64 on the device."""
