@@ -20,7 +20,7 @@ from zotune.methods import defaults, make_method
 from zotune.models import load_any
 from zotune.objectives import Objective, check_objective, find_reward, make_objective
 from zotune.optimizer import ZO
-from zotune.parameters import check_folding
+from zotune.parameters import check_folding, may_be_late
 from zotune.precision import Precision, choose_device, choose_precision
 from zotune.rules import make_rule
 from zotune.run_folder import RunFolder
@@ -31,6 +31,8 @@ from zotune.tasks.rows import SPLITS, choose_rows, load_rows, protocol_split
 from zotune.tasks.scoring import OptionScorer, context_of
 from zotune.tasks.task import Rows, Task, make_examples
 from zotune.tuning import Mode, describe_mode, make_mode
+
+LATE = 50  # steps between writes of what no query has written
 
 
 class Listener:
@@ -209,7 +211,7 @@ def make_optimizer(job: Job) -> ZO:
         low_precision=config.low_precision,
         method_options=method_options(config),
         rule_options=config.rule_options,
-        fold_every=config.fold_every,
+        fold_every=config.fold_every or _late(config),
         ledger=Ledger(
             job.folder.ledger, describe_base(config.model, job.precision.weights, named, job.mode, config.seed)
         ),
@@ -217,6 +219,12 @@ def make_optimizer(job: Job) -> ZO:
     if isinstance(opt.engine, Layerwise):
         opt.engine.compares = job.objective.differentiable  # rounding flips predictions, and scores jump
     return opt
+
+
+def _late(config: TrainConfig) -> int:
+    """Everything that reads the weights in a run asks for them folded, so dense moves can wait for the next query."""
+    method, rule = make_method(config.method, method_options(config)), make_rule(config.rule, config.rule_options)
+    return LATE if may_be_late(method, rule, [{"weight_decay": config.weight_decay}]) else 0
 
 
 def describe_base(

@@ -132,6 +132,13 @@ def check_folding(fold_every: int, method: Method, rule: Rule, groups: Iterable[
         )
 
 
+def may_be_late(method: Method, rule: Rule, groups: Iterable[dict[str, Any]]) -> bool:
+    """Whether each move can wait, without another bit, for the query that reads the tensor next: see `Folding`."""
+    if makes_low_rank(method) or "slope" in method.needs or not _is_linear(rule):
+        return False
+    return not any(float(group["weight_decay"]) for group in groups)
+
+
 def makes_low_rank(method: Method) -> bool:
     """Whether a method, or the source it draws from, says that its directions are low-rank on matrices."""
     source = getattr(method, "source", None)

@@ -13,9 +13,9 @@ from zotune.version import __version__
 
 
 def describe(opt: Any) -> dict[str, Any]:
-    """Settings and versions of a `ZO`. How rarely moves are folded is said with the rule: it changes the last bits."""
+    """Settings and versions of a `ZO`. How rarely low-rank moves are folded is said with the rule: it changes the last bits."""
     rule_options = options_of(opt.rule)
-    if opt.folding.every:
+    if opt.folding.every and opt.folding.low_rank:
         rule_options["fold_every"] = opt.folding.every
     return {
         "ledger": 1,

@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from zotune import job
 from zotune.config import load_config
 from zotune.core.errors import ConfigError
 from zotune.core.ledger import read_ledger
 from zotune.job import Listener
+from zotune.run_folder import RunFolder
 from zotune.training import train
 
 FOLDED = {"method": "lozo", "method_options": {"rank": 2, "interval": 8}, "fold_every": 3, "lr": 1e-3}
@@ -78,10 +80,38 @@ def test_held_out_numbers_are_those_of_the_folded_weights(tiny, tmp_path):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_dense_moves_wait_for_the_next_query_and_nobody_can_tell(run, tiny, tmp_path, precision, monkeypatch):
+    """Killed with moves that are late: weights, metrics, ledger and replay are those of a run that writes at once."""
+    dense = {"method": "mezo", "method_options": {}, "fold_every": 0, "precision": precision}
+    whole, killed, late = tmp_path / "whole", tmp_path / "killed", []
+    monkeypatch.setattr(job, "LATE", 0)
+    train(config(tiny, whole, **dense))
+    monkeypatch.setattr(job, "LATE", 50)
+    save = RunFolder.save_snapshot
+
+    def watched(folder, opt):
+        late.append(any(slot.late for slot in opt.weights))
+        save(folder, opt)
+
+    monkeypatch.setattr(RunFolder, "save_snapshot", watched)
+    for stop in (5, 7):
+        with pytest.raises(KeyboardInterrupt):
+            train(config(tiny, killed, **dense, eval_every=5), Stops(stop))
+    train(config(tiny, killed, **dense, eval_every=5))
+    assert late[0], "nothing waited in the first snapshot, so nothing was tested"
+    assert same_bits(weights(whole), weights(killed))
+    assert metrics(whole)[-1]["loss"] == metrics(killed)[-1]["loss"]
+    ledgers = [read_ledger(folder / "ledger.jsonl") for folder in (whole, killed)]
+    assert ledgers[0].entries == ledgers[1].entries
+    assert ledgers[0].header["rule"] == ledgers[1].header["rule"] == "sgd"
+    printed = run("replay", "--base", tiny[0], "--ledger", killed / "ledger.jsonl", "--out", tmp_path / "again").output
+    assert "equal to the trained model's" in " ".join(printed.split())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "mezo", "method_options": {}}, "method 'mezo' makes none"),
         ({"rule": "adam"}, "rule 'adam' are not multiples"),
         ({"weight_decay": 0.1}, "set weight_decay to 0"),
         ({"fold_every": -1}, "fold_every must be at least 0"),
