@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.memory import peak_bytes
 
-from zotune.kernels import native as native_module
+from zotune.kernels import native_packing
 from zotune.kernels.codebook import SCALE, integer_rows
 from zotune.kernels.contract import Addition, Run, Term
 from zotune.kernels.philox import philox_scalar
@@ -39,7 +39,7 @@ SETTINGS = st.tuples(st.integers(0, 3), st.integers(1, 3))  # instruction set, t
 
 @pytest.fixture
 def every_call_may_wake_threads(monkeypatch):
-    monkeypatch.setattr(native_module, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(native_packing, "WORTH_A_THREAD", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +178,7 @@ def test_update_and_perturb(native, data, seed, update, terms, dtype, count):
 
 @pytest.mark.parametrize("few", [1, 200])
 def test_an_update_and_a_query_of_many_terms(native, few):
-    many = [Term((k, 0), "rademacher", 1e-3) for k in range(native_module.MOST_TERMS)]
+    many = [Term((k, 0), "rademacher", 1e-3) for k in range(native_packing.MOST_TERMS)]
     one, other = (Addition(torch.zeros(700), None, 3, many[:few]) for _ in "ab")
     outs = [torch.zeros(700) for _ in "ab"]
     native.update_and_perturb(one, [(outs[0], 1.0)], many)
@@ -293,7 +293,7 @@ def test_the_order_of_terms_is_the_order_of_summation(native):
 
 
 def test_more_terms_than_a_call_takes(native, monkeypatch):
-    monkeypatch.setattr(native_module, "MOST_TERMS", 3)
+    monkeypatch.setattr(native_packing, "MOST_TERMS", 3)
     terms = [Term((i, 9), "normal", 0.1 + i) for i in range(5)]
     run = Run(3, 10, 700)
     for dtype in (torch.float32, torch.bfloat16):

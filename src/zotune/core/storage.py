@@ -21,6 +21,7 @@ from zotune.core.site import Site
 from zotune.kernels.contract import Term
 from zotune.kernels.halves import JOIN, SPLIT
 from zotune.kernels.philox import words
+from zotune.kernels.prepared import Prepared
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -34,6 +35,8 @@ class Slot:
     storage: "Storage"
     carried: Tensor | None = None  # int16, same shape, once there is something to carry
     late: tuple[Term, ...] = ()  # an update that `core.weights` has yet to write: see `Weights.settle`
+
+    prepared: Prepared | None = None  # of `Weights.perturb_many`, for the outs that it got last
 
     def stored(self, part: Site) -> Tensor:
         """The stored numbers of a part: a view for a run of elements, a copy for chosen rows."""

@@ -20,6 +20,7 @@ from zotune.core.storage import LOW_PRECISION, STORAGES, Carried, Exact, Slot, S
 from zotune.core.workspace import workspace
 from zotune.kernels.contract import Addition, Term
 from zotune.kernels.dispatch import backend_for
+from zotune.kernels.prepared import Prepared
 
 __all__ = ["LOW_PRECISION", "STORAGES", "Carried", "Change", "Slot", "Stochastic", "Weights"]
 
@@ -89,7 +90,12 @@ class Weights:
     def perturb_many(self, slot: Slot, part: Site, points: Sequence[Direction], outs: Sequence[Tensor]) -> None:
         """outs[k] = round(value + points[k]), the same bits as `perturb` of each; none of them is the stored tensor."""
         rest: Sequence[int] = range(len(points))
-        if _dense(slot, part, outs):
+        if part is slot.site and (prepared := _prepared(slot, outs)) is not None:
+            draws, rest = self._draws.of(points, part)
+            for terms, signs in draws:
+                late, slot.late = slot.late, ()
+                prepared(terms, signs, late)
+        elif _dense(slot, part, outs):
             draws, rest = self._draws.of(points, part)
             for terms, signs in draws:
                 _in_one_pass(slot, part, terms, [(outs[k], sign) for k, sign in signs])
@@ -165,6 +171,23 @@ def _dense(slot: Slot, part: Site, outs: Sequence[Tensor]) -> bool:
     if type(whole) not in PLAIN_MEMORY or not whole.is_contiguous() or whole.numel() != slot.site.count:
         return False
     return all(out.dtype == whole.dtype and out.device == whole.device and out.is_contiguous() for out in outs)
+
+
+def _prepared(slot: Slot, outs: Sequence[Tensor]) -> Prepared | None:
+    """What writes the whole tensor into these outs; made anew unless it was asked for the same tuple before.
+
+    On the CPU, where looking costs as much as writing; elsewhere it would hold memory of the device.
+    """
+    backend, whole = backend_for(slot.tensor.device), slot.tensor
+    if not whole.is_cpu:
+        return None
+    low = slot.carried if isinstance(slot.storage, Carried) else None
+    if slot.prepared is not None and slot.prepared.fits(backend, whole, low, outs):
+        return slot.prepared
+    slot.prepared = None
+    if type(outs) is tuple and outs and _dense(slot, slot.site, outs):
+        slot.prepared = backend.prepared(whole, low, slot.site.id, outs)
+    return slot.prepared
 
 
 def _in_one_pass(slot: Slot, part: Site, terms: tuple[Term, ...], outs: Sequence[tuple[Tensor, float]]) -> None:

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_unflatten
 from zotune.core.direction import Direction
 from zotune.core.site import Site
 from zotune.core.weights import Slot, Weights
-from zotune.core.workspace import workspace
 from zotune.engines.batched_calls import Answer, Unsuited, flatten, unflatten
 from zotune.engines.batched_low_rank import Points
 
@@ -38,7 +37,11 @@ class Wave:
     groups: dict[range, tuple[Direction, ...]] = field(
         default_factory=dict
     )  # of this forward: the points of some copies
-    scratch: dict[Any, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)  # by shape and dtype
+    largest: int = 0  # elements of the largest matrix that may need scratch
+    scratch: dict[Any, tuple[Tensor, tuple[Tensor, ...]]] = field(
+        default_factory=dict
+    )  # on the CPU, by shape and dtype
+    buffers: dict[torch.dtype, Tensor] = field(default_factory=dict)  # whose views these are
     columns: dict[Any, Tensor] = field(default_factory=dict)  # scales of low-rank terms, the same for many matrices
     input: Tensor | None = None  # of the last linear layer; the layers that follow may share it
     version: int = 0  # how often it had been written to
@@ -46,20 +49,29 @@ class Wave:
     leader: Any = None  # the first of them
 
     def forget(self) -> None:
-        """Hold no activations, no scratch and no points."""
+        """Hold no activations and no points."""
         self.input = self.products = self.leader = None
         self.groups.clear()
-        self.scratch.clear()
 
     def matrices(self, like: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(AT_ONCE, *shape) uninitialised numbers like this tensor's, valid until they are asked for again; and each."""
-        made = self.scratch.get((like.shape, like.dtype)) if like.is_cpu else None
-        if made is None:
-            whole = workspace("copies", AT_ONCE * like.numel(), like.dtype, like.device).view(AT_ONCE, *like.shape)
-            made = whole, whole.unbind()
-            if like.is_cpu:  # views of one buffer; other devices would keep memory of its own for each shape
-                self.scratch[like.shape, like.dtype] = made
-        return made
+        """(AT_ONCE, *shape) uninitialised numbers like this tensor's, valid until they are asked for again; and each.
+
+        The same objects each time on the CPU, by which `Weights` knows them again. Other devices have allocators.
+        """
+        if not like.is_cpu:
+            made = torch.empty((AT_ONCE, *like.shape), dtype=like.dtype, device=like.device)
+            return made, made.unbind()
+        key = like.shape, like.dtype
+        if key not in self.scratch:
+            self.largest = max(self.largest, like.numel())
+            buffer = self.buffers.get(like.dtype)
+            if buffer is None or buffer.numel() < AT_ONCE * like.numel():
+                self.scratch.clear()
+                with torch.inference_mode(False):  # else only inference mode could write to it again
+                    buffer = self.buffers[like.dtype] = torch.empty(AT_ONCE * self.largest, dtype=like.dtype)
+            made = buffer[: AT_ONCE * like.numel()].view(AT_ONCE, *like.shape)
+            self.scratch[key] = made, made.unbind()
+        return self.scratch[key]
 
     def group(self, copies: range) -> tuple[Direction, ...]:
         """The points of some of the copies: the same object each time, by which `Weights` knows it again."""

@@ -55,6 +55,8 @@ class Served:
             if slots:
                 self.copied.append(copied(module, slots, self._wave, body.rows.get(id(module), [])))
         self._matrices = [c for c in self.copied if isinstance(c, CopiedLinear)]
+        sizes = [c.slots["weight"].tensor.numel() for c in self._matrices if "weight" in c.slots]
+        self._wave.largest = max(sizes, default=0)
 
     # ------------------------------------------------------------------------------------------------------------------
     # A wave

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zotune.kernels.contract import Addition, Run, Term
 from zotune.kernels.halves import JOIN, SPLIT
+from zotune.kernels.prepared import Prepared
 from zotune.kernels.workspace import workspace
 
 CHUNK = 1 << 18  # elements worked on at once: one megabyte of fp32; smaller chunks cost more in calls than in cache
@@ -92,6 +93,10 @@ class Composed(ABC):
         """See `Backend.update_and_perturb`."""
         addition.apply(self.update)
         self.perturb(outs, *addition.flat, terms)
+
+    def prepared(self, stored: Tensor, carried: Tensor | None, site: int, outs: Sequence[Tensor]) -> Prepared:
+        """See `Backend.prepared`."""
+        return Prepared(self, stored, carried, site, outs)
 
 
 def chunks(run: Run, *tensors: Tensor) -> Iterator[tuple[int, int, Sequence[Tensor]]]:

@@ -10,7 +10,7 @@ value with one rounding; nothing is contracted into a fused multiply-add. Precis
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -96,6 +96,10 @@ class Backend(Protocol):
         self, addition: Addition, outs: Sequence[tuple[Tensor, float]], terms: Sequence[Term]
     ) -> None:
         """`update` of one whole tensor, and then `perturb` of it: in one pass where there is a kernel for that."""
+        ...
+
+    def prepared(self, stored: Tensor, carried: Tensor | None, site: int, outs: Sequence[Tensor]) -> Any:
+        """What does these two for one tensor and the same outs again and again: see `kernels.prepared`."""
         ...
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from zotune.kernels.codebook import integer_rows
 from zotune.kernels.composed import widened
 from zotune.kernels.contract import Addition, Run, Term, written
+from zotune.kernels.prepared import Prepared
 from zotune.kernels.triton_draws import MIXED, NORMAL, RADEMACHER
 from zotune.kernels.triton_jit import (
     BF16,
@@ -115,6 +116,10 @@ class TritonBackend:
         """See `Backend.update_and_perturb`."""
         addition.apply(self.update)
         self.perturb(outs, *addition.flat, terms)
+
+    def prepared(self, stored: Tensor, carried: Tensor | None, site: int, outs: Sequence[Tensor]) -> Prepared:
+        """See `Backend.prepared`."""
+        return Prepared(self, stored, carried, site, outs)
 
     def table(self, terms: Sequence[Term], device: torch.device) -> Tensor:
         """The terms as the kernels read them: (terms, 3) int64 on the device."""
