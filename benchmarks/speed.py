@@ -49,6 +49,7 @@ class Ours:
 
 OURS = {
     "dense, default engine": Ours({}),
+    "dense, written by the next query": Ours({"fold_every": 50}),
     "dense, layerwise": Ours({"engine": "layerwise"}),
     "dense, batched": Ours({"engine": "batched"}),
     "dense, in place": Ours({"engine": "in_place"}),

@@ -605,7 +605,11 @@ def test_inference_mode_around_some_steps(engine, dtype):
 @engines
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_compiled_model(engine):
-    """Perturbations must reach compiled code, and names must not change: the losses are the uncompiled model's."""
+    """Perturbations must reach compiled code, and names must not change: the losses are the uncompiled model's.
+
+    The batched engine's products of several copies at once round otherwise in the last bit; a compiled model is perturbed in
+    place. 5e-7 is four units of fp32.
+    """
     asked = []
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -613,7 +617,7 @@ def test_a_compiled_model(engine):
         wrapped = torch.compile(model, backend="eager") if compiled else model
         case = Case(list(wrapped.named_parameters()), lambda wrapped=wrapped, x=x: wrapped(x).square().mean(), model)
         asked.append(losses(case, engine)[0])
-    assert asked[0] == asked[1]
+    assert asked[0] == (pytest.approx(asked[1], rel=5e-7) if engine == "batched" else asked[1])
     assert len(set(asked[0])) == len(asked[0])
 
 

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from zotune.core.weights import Slot
 from zotune.engines.batched_calls import Unsuited, writes_to
-from zotune.engines.batched_low_rank import Thin, ThinProducts, thin_terms
+from zotune.engines.batched_low_rank import Thin, ThinProducts, same_objects, thin_terms
 from zotune.engines.batched_modules import AT_ONCE, SHARED, Copied, Wave
+from zotune.engines.batched_sheets import FreshProducts, Side
 from zotune.engines.forms import occurring
 
 
@@ -44,7 +45,10 @@ class CopiedLinear(Copied):
 
     transposed: ClassVar[bool] = False
     thin: Thin | None = None  # the wave's points as low-rank terms, if they are all that
-    sides: ThinProducts = field(default_factory=ThinProducts)
+    side: Side | None = None  # or, better, on the sheets that they share
+    thin_products: ThinProducts = field(default_factory=ThinProducts)
+    fresh_products: FreshProducts = field(default_factory=FreshProducts)
+    together: tuple[list[Tensor], Tensor] | None = None  # factors of the layers that it leads, and all side by side
     leader: "CopiedLinear | None" = None  # the layer that gets the same input before this one
     followers: "list[CopiedLinear]" = field(default_factory=list)
 
@@ -53,18 +57,36 @@ class CopiedLinear(Copied):
         """See `Copied.makes_vectors`."""
         return True
 
+    @property
+    def low_rank(self) -> bool:
+        """Whether the points of the wave are evaluated on activations."""
+        return self.thin is not None or self.side is not None
+
+    @property
+    def sides(self) -> ThinProducts | FreshProducts:
+        """The thin products."""
+        return self.thin_products if self.side is None else self.fresh_products
+
     def prepare(self) -> None:
         """See `Copied.prepare`."""
         super().prepare()
-        moved = True in self.moved.get("weight", ())
-        self.thin = thin_terms(self.wave.low_rank, self.slots["weight"].site, self.transposed) if moved else None
+        self.thin = self.side = None
+        if True in self.moved.get("weight", ()) and not self.wave.everywhere:
+            site = self.slots["weight"].site
+            self.side = self.wave.fresh.on(site, "right" if self.transposed else "left")
+            if self.side is None:
+                self.thin = thin_terms(self.wave.low_rank, site, self.transposed)
 
     def ready(self) -> None:
         """See `Copied.ready`."""
         super().ready()
-        if self.thin is not None and "weight" in self.moves:
-            wave = self.wave
-            self.sides.ready(self.thin, wave.first, wave.last, self.slots["weight"].tensor, wave.columns)
+        if "weight" not in self.moves:
+            return
+        wave, slot = self.wave, self.slots["weight"]
+        if self.side is not None:
+            self.fresh_products.ready(self.side, wave.fresh_factor(slot.site.name, slot.tensor))
+        elif self.thin is not None:
+            self.thin_products.ready(self.thin, wave.first, wave.last, slot.tensor, wave.columns)
 
     def done(self) -> None:
         """See `Copied.done`."""
@@ -79,7 +101,7 @@ class CopiedLinear(Copied):
         assert weight is not None
         rows = first.reshape(-1, first.shape[-1])  # 2-d: thin 3-d slices take a slow path in bf16 on the CPU
         biases = self.vectors.get("bias")  # (C, out)
-        if self.thin is None and "weight" in self.moves:
+        if not self.low_rank and "weight" in self.moves:
             made = self._dense(rows, self.slots["weight"], bias, biases)
         else:
             made = self._product(rows, weight, bias if biases is None else None)
@@ -137,14 +159,16 @@ class CopiedLinear(Copied):
             if wave.leader is not self.leader or wave.input is not first or wave.version != writes_to(first):
                 return None
             return None if wave.products is None else wave.products.pop(id(self), None)
-        group = [self, *(f for f in self.followers if f.thin is not None and "weight" in f.moves)]
+        group = [self, *(f for f in self.followers if f.low_rank and "weight" in f.moves)]
         if len(group) == 1:
             return None
         factors = [each.sides.into for each in group]
         if any(factor.dtype != like.dtype for factor in factors):
             return None
-        together = torch.mm(rows, torch.cat(factors, 1))
-        pieces = torch.split(together, [factor.shape[1] for factor in factors], 1)
+        if self.together is None or not same_objects(self.together[0], factors):
+            self.together = factors, torch.cat(factors, 1)
+        product = torch.mm(rows, self.together[1])
+        pieces = torch.split(product, [factor.shape[1] for factor in factors], 1)
         wave.leader, wave.input, wave.version = self, first, writes_to(first)
         wave.products = {id(each): piece for each, piece in zip(group, pieces, strict=True)}
         return wave.products.pop(id(self))

@@ -107,7 +107,7 @@ class ThinProducts:
     """Low-rank terms of one linear layer, made ready for a forward of C copies; factors that stay are kept."""
 
     def __init__(self) -> None:
-        self.into = self.out = self._columns = _NOTHING  # (in, K'), (K, out), (C, 1, K)
+        self.into = self.out = self._columns = NOTHING  # (in, K'), (K, out), (C, 1, K)
         self._which: list[slice] | None = None  # the columns of `into` that each term takes
         self._repeated = 1  # terms that all take the same ones
         self._kept: list[Tensor] = []
@@ -122,7 +122,7 @@ class ThinProducts:
             like: a tensor of the activations' dtype and device.
             known: scales as tensors, by their values: the same for many matrices.
         """
-        if not _same_objects(self._kept, thin.inputs) or self.into.dtype != like.dtype:
+        if not same_objects(self._kept, thin.inputs) or self.into.dtype != like.dtype:
             self._kept, self.into = thin.inputs, _side_by_side(thin.inputs, like)
         self.out = _side_by_side(thin.outputs, like).t()
         self._repeated = len(thin.outputs) if len(thin.inputs) == 1 else 1
@@ -132,7 +132,7 @@ class ThinProducts:
 
     def done(self) -> None:
         """After a forward: only factors that may stay are kept."""
-        self.out = self._columns = _NOTHING
+        self.out = self._columns = NOTHING
 
     def add(self, out: Tensor, x: Tensor, inner: Tensor | None = None) -> None:
         """out += sum over terms of scale * (x @ input) @ output.T, with each copy's scales.
@@ -143,19 +143,19 @@ class ThinProducts:
             inner: x @ into, if that is known.
         """
         if inner is None:
-            inner = torch.mm(_as(x, out), _as(self.into, out))
+            inner = torch.mm(cast_as(x, out), cast_as(self.into, out))
         if self._which is not None:
             inner = torch.cat([inner[:, block] for block in self._which], 1)
         copies, terms, width = self._columns.shape[0], self._repeated, inner.shape[1]
         scaled = torch.empty((copies, inner.shape[0] // copies, terms, width), dtype=inner.dtype, device=inner.device)
         torch.mul(inner.view(copies, -1, 1, width), self._columns.view(copies, 1, terms, width), out=scaled)
-        out.addmm_(scaled.view(-1, terms * width), _as(self.out, out))
+        out.addmm_(scaled.view(-1, terms * width), cast_as(self.out, out))
 
 
-_NOTHING = torch.empty(0)
+NOTHING = torch.empty(0)
 
 
-def _as(values: Tensor, like: Tensor) -> Tensor:
+def cast_as(values: Tensor, like: Tensor) -> Tensor:
     """Under autocast activations have another dtype than weights."""
     return values if values.dtype == like.dtype else values.to(like.dtype)
 
@@ -164,7 +164,8 @@ def _side_by_side(factors: list[Tensor], like: Tensor) -> Tensor:
     return (factors[0] if len(factors) == 1 else torch.cat(factors, 1)).to(like)
 
 
-def _same_objects(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+def same_objects(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    """Whether two lists hold the same tensors."""
     return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
 
 

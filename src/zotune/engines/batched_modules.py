@@ -18,6 +18,7 @@ from zotune.core.site import Site
 from zotune.core.weights import Slot, Weights
 from zotune.engines.batched_calls import Answer, Unsuited, flatten, unflatten
 from zotune.engines.batched_low_rank import Points
+from zotune.engines.batched_sheets import FreshFactors
 
 SHARED = "shared"
 AT_ONCE = 2  # scratch copies of a matrix: both signs of a pair
@@ -30,6 +31,7 @@ class Wave:
     weights: Weights
     points: Sequence[Direction] = ()  # of the whole wave
     low_rank: Points = field(default_factory=lambda: Points(()))  # the same
+    everywhere: bool = False  # each of them is the same sum of noise on every tensor
     first: int = 0  # points first ... last - 1 share the forward
     last: int = 0
     sizes: dict[str, int] = field(default_factory=dict)  # rows of one copy: "examples" and "tokens"
@@ -42,6 +44,10 @@ class Wave:
         default_factory=dict
     )  # on the CPU, by shape and dtype
     buffers: dict[torch.dtype, Tensor] = field(default_factory=dict)  # whose views these are
+    fresh: FreshFactors = field(
+        default_factory=lambda: FreshFactors(Points(()))
+    )  # of low-rank points that share the others
+    made: dict[str, Tensor] | None = None  # these for the copies of this forward, by name
     columns: dict[Any, Tensor] = field(default_factory=dict)  # scales of low-rank terms, the same for many matrices
     input: Tensor | None = None  # of the last linear layer; the layers that follow may share it
     version: int = 0  # how often it had been written to
@@ -50,7 +56,7 @@ class Wave:
 
     def forget(self) -> None:
         """Hold no activations and no points."""
-        self.input = self.products = self.leader = None
+        self.input = self.products = self.leader = self.made = None
         self.groups.clear()
 
     def matrices(self, like: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -72,6 +78,12 @@ class Wave:
             made = buffer[: AT_ONCE * like.numel()].view(AT_ONCE, *like.shape)
             self.scratch[key] = made, made.unbind()
         return self.scratch[key]
+
+    def fresh_factor(self, name: str, like: Tensor) -> Tensor:
+        """(C, r, m), in the dtype and on the device of a tensor."""
+        if self.made is None:
+            self.made = self.fresh.made(self.first, self.last, like)
+        return self.made[name].to(like)
 
     def group(self, copies: range) -> tuple[Direction, ...]:
         """The points of some of the copies: the same object each time, by which `Weights` knows it again."""
@@ -108,7 +120,10 @@ class Copied:
     def prepare(self) -> None:
         """A new wave: which points move what?"""
         points = self.wave.points
-        self.moved = {a: [point.touches(slot.site) for point in points] for a, slot in self.slots.items()}
+        if self.wave.everywhere:
+            self.moved = dict.fromkeys(self.slots, [True] * len(points))
+        else:
+            self.moved = {a: [point.touches(slot.site) for point in points] for a, slot in self.slots.items()}
 
     def ready(self) -> None:
         """A new forward. What is small is made ahead, for all modules in a row: the code that does it stays in the cache."""

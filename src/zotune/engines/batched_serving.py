@@ -16,6 +16,7 @@ from zotune.engines.batched_layers import CopiedLinear, copied
 from zotune.engines.batched_look import Body, watched_modules
 from zotune.engines.batched_low_rank import Points
 from zotune.engines.batched_modules import Wave
+from zotune.engines.batched_sheets import FreshFactors
 from zotune.engines.batched_size import copies_for
 
 
@@ -78,6 +79,7 @@ class Served:
             vars(self.body.module).pop("forward", None)
             self._points, self._answer, self._asked = (), None, None
             self._wave.points, self._wave.low_rank = (), Points(())
+            self._wave.fresh = FreshFactors(self._wave.low_rank)
             self._wave.columns.clear()
 
     def turn(self, number: int) -> None:
@@ -122,7 +124,7 @@ class Served:
             raise Unsuited("not batched: the model runs in another way than when it was looked at")
         rows, tokens = _rows(leaves, self.body.batched)
         self._prepare(self._points)
-        low_rank = all(matrix.thin is not None for matrix in self._matrices if True in matrix.moved.get("weight", ()))
+        low_rank = all(matrix.low_rank for matrix in self._matrices if True in matrix.moved.get("weight", ()))
         count = copies_for(tokens, len(self._points) - self._now, low_rank, self.by_size)
         if count == 1 and not low_rank:
             raise Unsuited(f"layer by layer, one point at a time: {tokens} tokens fill a forward")
@@ -156,6 +158,9 @@ class Served:
         """Once a wave: which points move which tensors, and how?"""
         if self._wave.points is not points:
             self._wave.points, self._wave.low_rank = points, Points(points)
+            self._wave.fresh = FreshFactors(self._wave.low_rank)
+            some = next(iter(self._wave.weights)).site
+            self._wave.everywhere = all(point.uniform and point.touches(some) for point in points)
             for each in self.copied:
                 each.prepare()
 

@@ -1,0 +1,117 @@
+"""Low-rank points that share their kept factors: one fresh factor for each copy, of all matrices in one product.
+
+    y_c += (x_c kept) fresh_c.T        fresh_c = sum over terms of scale_(c, term) * fresh_term
+
+The terms are what waits to be folded in and the new directions; their fresh factors lie one after the other in one tensor
+(`core.low_rank.Sheet`), so that the sums of all matrices cost one product of (copies x terms) with (terms x numbers). A matrix
+is then left with one thin product on each side, however many terms there are. `engines.batched_low_rank` does the rest.
+
+The sum is rounded to the precision of the activations once; in bf16 what waits is so known to 8 bits of the whole.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zotune.core.direction import Scalar
+from zotune.core.low_rank import LowRank, Sheet
+from zotune.core.site import Site
+from zotune.engines.batched_low_rank import NOTHING, Points, cast_as
+
+
+@dataclass
+class Side:
+    """The factors of one matrix."""
+
+    kept: Tensor  # (n, r)
+    fresh: str  # "left" or "right": which one is not kept
+    rows: int  # of that one
+
+
+class FreshFactors:
+    """The points of a wave on the sheets that they share."""
+
+    def __init__(self, points: Points) -> None:
+        self.rest = points.rest
+        self.leaves = points.leaves if _alike([leaf for leaf, _ in points.leaves]) else []
+        self.sides: dict[str, Side] = {}
+        for sheet in self.leaves[0][0].sheets if self.leaves else ():
+            rows = [columns if sheet.turned else rows for rows, columns in sheet.shapes]
+            self.sides.update(zip(sheet.names, map(Side, sheet.kept, sheet.fresh, rows), strict=True))
+
+    def on(self, site: Site, fresh: str) -> Side | None:
+        """The factors of a matrix, if that is all that the points are there and the fresh one is the left or right one."""
+        side = self.sides.get(site.name)
+        if side is None or side.fresh != fresh or any(term.touches(site) for term in self.rest):
+            return None
+        shape = (side.rows, side.kept.shape[0]) if fresh == "left" else (side.kept.shape[0], side.rows)
+        return side if shape == site.shape else None  # else the matrix is seen in another shape
+
+    def made(self, first: int, last: int, like: Tensor) -> dict[str, Tensor]:
+        """(C, r, m) fresh factors for the points first ... last - 1, in the dtype and on the device of a tensor."""
+        found: dict[str, Tensor] = {}
+        for number, sheet in enumerate(self.leaves[0][0].sheets if self.leaves else ()):
+            sheets = [leaf.sheets[number].values.to(like.device) for leaf, _ in self.leaves]
+            values = torch.stack(sheets).to(torch.promote_types(like.dtype, torch.float32))
+            scales = _table([scales[first:last] for _, scales in self.leaves], values)
+            sums = torch.mm(scales, values).to(like.dtype)
+            parts = torch.split(sums, list(sheet.sizes), 1)
+            for name, part, (rows, columns) in zip(sheet.names, parts, sheet.shapes, strict=True):
+                whole = part[:, : rows * columns].view(-1, rows, columns)
+                found[name] = whole if sheet.turned else whole.transpose(1, 2)
+        return found
+
+
+class FreshProducts:
+    """The thin products of one linear layer."""
+
+    def __init__(self) -> None:
+        self.into = self._fresh = NOTHING  # (in, r), (C, r, out)
+        self._kept = NOTHING
+
+    def ready(self, side: Side, fresh: Tensor) -> None:
+        """Before a forward."""
+        if self._kept is not side.kept or self.into.dtype != fresh.dtype:
+            self._kept, self.into = side.kept, side.kept.to(fresh)
+        self._fresh = fresh
+
+    def done(self) -> None:
+        """After a forward: only the factor that may stay is kept."""
+        self._fresh = NOTHING
+
+    def add(self, out: Tensor, x: Tensor, inner: Tensor | None = None) -> None:
+        """out += (x @ kept) @ fresh of each copy: (C * n, m), changed in place. `inner`: x @ into, if that is known."""
+        if inner is None:
+            inner = torch.mm(cast_as(x, out), cast_as(self.into, out))
+        copies, rank, width = self._fresh.shape
+        out.view(copies, -1, width).baddbmm_(inner.reshape(copies, -1, rank), cast_as(self._fresh, out))
+
+
+def _alike(leaves: list[LowRank]) -> bool:
+    """Whether the directions lie on sheets of one layout and share their kept factors."""
+    first = leaves[0].sheets if leaves else ()
+    return bool(first) and all(
+        len(leaf.sheets) == len(first) and all(map(_same, leaf.sheets, first)) for leaf in leaves
+    )
+
+
+def _same(one: Sheet, other: Sheet) -> bool:
+    return (
+        one.names == other.names
+        and one.sizes == other.sizes
+        and one.shapes == other.shapes
+        and one.turned == other.turned
+        and one.fresh == other.fresh
+        and all(a is b for a, b in zip(one.kept, other.kept, strict=True))
+    )
+
+
+def _table(scales: list[list[Scalar]], like: Tensor) -> Tensor:
+    """(C, terms) from scales by [term][copy]; those on a GPU are not read on the host."""
+    if any(isinstance(scale, Tensor) for term in scales for scale in term):
+        rows = [
+            torch.stack([torch.as_tensor(s, dtype=like.dtype, device=like.device) for s in term]) for term in scales
+        ]
+        return torch.stack(rows, 1)
+    return torch.tensor(list(zip(*scales, strict=True)), dtype=like.dtype, device=like.device)
