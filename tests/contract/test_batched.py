@@ -7,10 +7,12 @@ from tests.support.models import bits
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from zotune.core.direction import HERE, Noise, Scaled, Stored
-from zotune.core.low_rank import Factors, LowRank
+from zotune.core.low_rank import Factors, LowRank, Sheet
 from zotune.core.noise import stream
 from zotune.core.weights import Weights
 from zotune.engines.batched import Auto, Batched
+from zotune.engines.batched_layers import CopiedLinear
+from zotune.engines.batched_sheets import FreshFactors, FreshProducts
 from zotune.engines.batched_size import copies_for
 from zotune.engines.in_place import InPlace
 from zotune.engines.layerwise import Layerwise
@@ -40,6 +42,32 @@ def low_rank(weights, number, rank=2, shared=True):
                 kept = _RIGHT.setdefault((id(weights), key, rank), factors[key].right)
                 factors[key] = Factors(factors[key].left, kept)
     return LowRank(factors) + Scaled(noise(number), dict.fromkeys(factors, 0.0))
+
+
+def on_sheets(weights, number, rank=2, turned=False, fresh="left"):
+    """As a method makes them that draws all matrices at once; the kept factors are the same objects for all numbers."""
+    slots = [slot for slot in weights if slot.tensor.dim() == 2]
+    draws = torch.Generator().manual_seed(number)
+    rows, shapes, kept, sizes = [], [], [], []
+    for slot in slots:
+        m, n = slot.tensor.shape if fresh == "left" else slot.tensor.shape[::-1]
+        sizes.append(max(m, 20) * rank)  # it may take up more room than it needs
+        rows.append(torch.randn(sizes[-1], generator=draws))
+        shapes.append((rank, m) if turned else (m, rank))
+        key = (id(weights), slot.site.name, rank, fresh)
+        kept.append(_RIGHT.setdefault(key, torch.randn(n, rank, generator=torch.Generator().manual_seed(99))))
+    names = tuple(slot.site.name for slot in slots)
+    ceilings = torch.full((len(names),), 8.0, dtype=torch.float64)
+    sheet = Sheet(
+        names, torch.cat(rows), tuple(sizes), tuple(shapes), turned, tuple(kept), (fresh,) * len(names), ceilings
+    )
+    return LowRank.on([sheet]) + Scaled(noise(number), dict.fromkeys(names, 0.0))
+
+
+def several_on_what_waits(weights, **settings):
+    """Three pairs around moves that wait; one direction stands in its point twice."""
+    waits, *new = [on_sheets(weights, k, **settings) for k in range(4)]
+    return [0.1 * waits + p for z in new for p in (EPS * z, -EPS * z)] + [0.1 * waits + EPS * new[0] + 2 * EPS * new[0]]
 
 
 _RIGHT: dict = {}
@@ -77,6 +105,17 @@ POINTS = {
     "low-rank, one point": lambda w: [EPS * low_rank(w, 0)],
     "low-rank and here": lambda w: [HERE, EPS * low_rank(w, 0), EPS * low_rank(w, 1)],
     "low-rank beside dense": lambda w: [EPS * low_rank(w, 0), EPS * noise(0)],
+    "on sheets, pair": lambda w: pair(on_sheets(w, 0)),
+    "on sheets, turned": lambda w: pair(on_sheets(w, 0, turned=True)),
+    "on sheets, the right factor": lambda w: pair(on_sheets(w, 0, fresh="right")),
+    "on sheets, on what waits": several_on_what_waits,
+    "on sheets, turned, on what waits": lambda w: several_on_what_waits(w, turned=True),
+    "on sheets and here": lambda w: [HERE, EPS * on_sheets(w, 0), EPS * on_sheets(w, 1)],
+    "on sheets, some with own factors": lambda w: [EPS * on_sheets(w, 0), EPS * low_rank(w, 1, shared=False)],
+    "on sheets, tensors as coefficients": lambda w: [torch.tensor(EPS) * on_sheets(w, 0), -EPS * on_sheets(w, 0)],
+    "the same low-rank direction twice": lambda w: [
+        EPS * one + 2 * EPS * one for one in (low_rank(w, 0), low_rank(w, 1))
+    ],
     "tensors as coefficients": lambda w: [torch.tensor(EPS) * low_rank(w, 0), torch.tensor(-EPS) * low_rank(w, 0)],
 }
 
@@ -124,7 +163,13 @@ def test_losses_are_those_of_the_in_place_engine(name, points):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("points", ["pair", "low-rank pair", "low-rank pairs, own factors", "one-sided with here"])
+@pytest.mark.parametrize(
+    "points",
+    [
+        "pair", "low-rank pair", "low-rank pairs, own factors", "one-sided with here",
+        "on sheets, pair", "on sheets, on what waits",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "bert"])
 def test_losses_in_low_precision(name, points, dtype):
     """Sums of another order, and in bf16 factors of 8 bits beside weights that are rounded after they are perturbed.
@@ -180,6 +225,40 @@ def test_autocast_around_the_step():
             expected = answers(InPlace(weights), made, closure, waves=1)
         assert batched == pytest.approx(expected, rel=32 * 2**-8)
         assert len(set(batched)) == 2
+
+
+def test_autocast_and_a_pair_share_a_forward():
+    """Products into a given tensor do not cast, so that under autocast they make tensors of their own."""
+    _, named, closure = make("llama", torch.float32)
+    weights = Weights(named)
+    engine = Batched(weights)
+    for wide in (pair(noise(0)), pair(on_sheets(weights, 0)), pair(low_rank(weights, 0))):
+        with torch.autocast("cpu", torch.bfloat16):
+            answers(engine, wide, closure)
+            with Calls() as calls:
+                answers(engine, wide, closure, waves=1)
+        assert calls.counts["LlamaDecoderLayer"] == 2, engine.reason
+
+
+@pytest.mark.parametrize(("name", "fresh"), [("llama", "left"), ("gpt2", "right")])
+@pytest.mark.parametrize("points", [pair, several_on_what_waits])
+def test_factors_on_sheets_are_summed_for_all_matrices_at_once(name, fresh, points, monkeypatch):
+    """However many terms there are: where the fresh factor is the outputs' (GPT-2 stores its matrices the other way round)."""
+    _, named, closure = make(name)
+    weights = Weights(named)
+    made, widths = [], []
+    was, add = FreshFactors.made, FreshProducts.add
+    monkeypatch.setattr(FreshFactors, "made", lambda *a: made.append(1) or was(*a))
+    monkeypatch.setattr(FreshProducts, "add", lambda self, *a: widths.append(self.into.shape[1]) or add(self, *a))
+    engine = Batched(weights)
+    chosen = points(on_sheets(weights, 0, fresh=fresh)) if points is pair else points(weights, fresh=fresh)
+    answers(engine, chosen, closure)
+    made.clear()
+    widths.clear()
+    answers(engine, chosen, closure, waves=1)
+    inside = [c for c in engine.served.copied if isinstance(c, CopiedLinear)]
+    assert len(made) == 1
+    assert widths == [2] * len(inside)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
