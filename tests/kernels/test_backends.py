@@ -134,6 +134,22 @@ def test_perturb(native, data, seed, terms, dtype):
         same(stored, expected[0])
 
 
+@pytest.mark.parametrize("level", range(4))
+@pytest.mark.parametrize("scale", [0.0, -0.0, 1e-45, 1e-40, 1e-38, 1e-3, 3e38])
+@pytest.mark.parametrize("carry", [False, True])
+def test_every_bf16_number(native, level, scale, carry):
+    """Subnormal ones, infinities and NaN too, which instructions for bf16 round otherwise."""
+    stored = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    carried = low_bits(2**16, 0) if carry else None
+    ours, expected = ([torch.empty_like(stored) for _ in "ab"] for _ in "ab")
+    native.level(level)
+    run, terms = Run(7, 0, 2**16), [Term((1, 2), "normal", scale)]
+    native.perturb(list(zip(ours, (1.0, -1.0), strict=True)), stored, carried, run, terms)
+    REFERENCE.perturb(list(zip(expected, (1.0, -1.0), strict=True)), stored, carried, run, terms)
+    same(ours[0], expected[0])
+    same(ours[1], expected[1])
+
+
 @pytest.mark.usefixtures("every_call_may_wake_threads")
 @given(data=st.data(), seed=st.integers(0, 99), terms=SEVERAL, dtype=DTYPES, start=STARTS, count=COUNTS)
 def test_update(native, data, seed, terms, dtype, start, count):
@@ -174,6 +190,23 @@ def test_update_and_perturb(native, data, seed, update, terms, dtype, count):
         same(one, other)
     if count:  # autograd is told
         assert all(t._version > before for t, before in zip((ours.stored, *sides[0]), versions, strict=True))
+
+
+@pytest.mark.parametrize("level", range(4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 1), (1, 3)])
+@pytest.mark.parametrize("book", ["normal", "rademacher"])
+def test_an_update_and_a_query_of_so_many_terms(native, level, dtype, sizes, book):
+    """Each has loops of its own for one term of numbers."""
+    update, terms = ([Term((k, n), book if k == 0 else "normal", 0.1 + k) for k in range(n)] for n in sizes)
+    low = low_bits(2000, 1) if dtype == torch.bfloat16 else None
+    one, other = (Addition(numbers(2000, dtype, 1), None if low is None else low.clone(), 3, update) for _ in "ab")
+    outs = [torch.empty(2000, dtype=dtype) for _ in "ab"]
+    native.level(level)
+    native.update_and_perturb(one, [(outs[0], 1.0)], terms)
+    REFERENCE.update_and_perturb(other, [(outs[1], 1.0)], terms)
+    same(outs[0], outs[1])
+    same(one.stored, other.stored)
 
 
 @pytest.mark.parametrize("few", [1, 200])

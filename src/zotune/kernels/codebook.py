@@ -72,9 +72,12 @@ def sign_rows(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _scaled(rows: str, scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A codebook times a number; a direction uses one scale for a whole pass, so the product is kept."""
-    return BOOKS[rows](dtype, device) * scale
+def _scaled(rows: str, scale: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A codebook times a number; a direction uses one scale for a whole pass, so the product is kept.
+
+    The number is given as its hexadecimal digits: as a key, -0.0 would be 0.0.
+    """
+    return BOOKS[rows](dtype, device) * float.fromhex(scale)
 
 
 BOOKS = {"normal": normal_rows, "rademacher": sign_rows}
@@ -84,4 +87,4 @@ def scaled_rows(book: str, scale: float | Tensor, dtype: torch.dtype, device: to
     """`scale` times the codebook, one rounding each. A 0-d tensor on a GPU is multiplied without reading it on the host."""
     if isinstance(scale, Tensor) and scale.device.type != "cpu":
         return BOOKS[book](dtype, device) * scale.to(device=device, dtype=dtype)
-    return _scaled(book, float(scale), dtype, device)
+    return _scaled(book, float(scale).hex(), dtype, device)

@@ -13,7 +13,7 @@ INLINE __m512 LEVEL(flipped)(__m512 x, uint64_t flips, int part) {
 
 /* The terms of one row, as sum_float of native_loops.h. */
 INLINE LEVEL(Row) LEVEL(summed)(const Job *job, const uint32_t (*words)[WORDS], int row, int one) {
-    LEVEL(Row) sum;
+    LEVEL(Row) sum = {{_mm512_setzero_ps()}};
     for (int t = 0; t < (one ? 1 : job->terms); t++) {
         const int numbers = one || job->term[t].book == NUMBERS;
         const uint32_t name = words[t][row >> 1] >> (16 * (row & 1)) & 0xFFF;
