@@ -116,7 +116,6 @@ class Batched(Layerwise):
     def _search(self, closure: Closure, seed: int) -> None:
         """One forward at the current weights: which part of the model can answer for several points?"""
         self.served, self._ran_in = None, []
-        self.weights.settle()
         try:
             if self.direct:
                 raise Unsuited("tensors are read outside their module")

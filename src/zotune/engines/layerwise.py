@@ -118,7 +118,6 @@ class Layerwise(Swapping):
     # Looking at the model, once
 
     def _look(self, point: Direction | None, closure: Closure, seed: int) -> None:
-        self.weights.settle()
         try:
             self._survey(closure, seed)
             self._find_leaks(point, closure, seed)
