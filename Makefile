@@ -8,7 +8,9 @@ RUN    ?= runs/demo
 .PHONY: demo test test-oldest test-real test-statistical test-gpu lint clean
 
 # One virtual environment with everything; torch is pinned in constraints.txt.
-$(VENV)/.installed: pyproject.toml constraints.txt setup.py src/zotune/kernels/native.c src/zotune/kernels/native_loops.h src/zotune/kernels/native_avx512.h
+NATIVE := $(wildcard src/zotune/kernels/native*.[ch])
+
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hf,trl,demo,dev]"
@@ -23,7 +25,7 @@ test: $(VENV)/.installed      ## the whole suite, offline
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not real and not statistical and not gpu"
 
 # The same code with the oldest libraries that pyproject.toml admits.
-$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt setup.py src/zotune/kernels/native.c src/zotune/kernels/native_loops.h src/zotune/kernels/native_avx512.h
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt setup.py $(NATIVE)
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet torch==2.13.0
 	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[trl,plot]" pytest pytest-xdist hypothesis

@@ -13,7 +13,7 @@ setup(
         Extension(
             "zotune.kernels._native",
             ["src/zotune/kernels/native.c"],
-            depends=["src/zotune/kernels/native_loops.h", "src/zotune/kernels/native_avx512.h"],
+            depends=[f"src/zotune/kernels/native_{part}.h" for part in ("levels", "loops", "avx512", "thin")],
             extra_compile_args=FLAGS,
             optional=True,
         )

@@ -4,8 +4,8 @@
 
 Parts are timed where they begin and end, in one run, candidates interleaved; shown is the median over rounds, divided by
 two plain forwards of the same batch. Noise is what writes perturbed weights during queries (and the updates that wait for
-that); in the literal loop, the three perturbation passes. Forward holds the Python that puts perturbed weights in their places. Loss is the output
-layer and the cross entropy, with the noise for that layer left out.
+that); in the literal loop, the three perturbation passes. Forward holds the Python that puts perturbed weights in their
+places. Loss is the output layer and the cross entropy, with the noise for that layer left out.
 """
 
 import argparse

@@ -109,6 +109,13 @@ def test_dense_moves_wait_for_the_next_query_and_nobody_can_tell(run, tiny, tmp_
     assert "equal to the trained model's" in " ".join(printed.split())
 
 
+@pytest.mark.parametrize("changes", [{"weight_decay": 0.1}, {"rule": "adam"}, {"method": "forward_grad"}], ids=str)
+def test_what_cannot_wait_does_not(tiny, tmp_path, changes):
+    dense = {"method": "mezo", "method_options": {}, "fold_every": 0, "steps": 3}
+    train(config(tiny, tmp_path / "run", **{**dense, **changes}))
+    assert len(read_ledger(tmp_path / "run" / "ledger.jsonl").entries) == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

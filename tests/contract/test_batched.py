@@ -44,18 +44,20 @@ def low_rank(weights, number, rank=2, shared=True):
     return LowRank(factors) + Scaled(noise(number), dict.fromkeys(factors, 0.0))
 
 
-def on_sheets(weights, number, rank=2, turned=False, fresh="left"):
+def on_sheets(weights, number, rank=2, turned=False, fresh="left", own=False, reshaped=False):
     """As a method makes them that draws all matrices at once; the kept factors are the same objects for all numbers."""
     slots = [slot for slot in weights if slot.tensor.dim() == 2]
     draws = torch.Generator().manual_seed(number)
     rows, shapes, kept, sizes = [], [], [], []
     for slot in slots:
         m, n = slot.tensor.shape if fresh == "left" else slot.tensor.shape[::-1]
+        if reshaped and n % 2 == 0:
+            m, n = 2 * m, n // 2
         sizes.append(max(m, 20) * rank)  # it may take up more room than it needs
         rows.append(torch.randn(sizes[-1], generator=draws))
         shapes.append((rank, m) if turned else (m, rank))
-        key = (id(weights), slot.site.name, rank, fresh)
-        kept.append(_RIGHT.setdefault(key, torch.randn(n, rank, generator=torch.Generator().manual_seed(99))))
+        key = (id(weights), slot.site.name, rank, fresh, reshaped, number if own else None)
+        kept.append(_RIGHT.setdefault(key, torch.randn(n, rank, generator=draws)))
     names = tuple(slot.site.name for slot in slots)
     ceilings = torch.full((len(names),), 8.0, dtype=torch.float64)
     sheet = Sheet(
@@ -110,6 +112,9 @@ POINTS = {
     "on sheets, the right factor": lambda w: pair(on_sheets(w, 0, fresh="right")),
     "on sheets, on what waits": several_on_what_waits,
     "on sheets, turned, on what waits": lambda w: several_on_what_waits(w, turned=True),
+    "on sheets, beside noise on the same matrices": lambda w: pair(on_sheets(w, 0) + noise(5)),
+    "on sheets, own kept factors": lambda w: [EPS * on_sheets(w, k, own=True) for k in range(3)],
+    "on sheets, in another shape": lambda w: pair(on_sheets(w, 0, reshaped=True)),
     "on sheets and here": lambda w: [HERE, EPS * on_sheets(w, 0), EPS * on_sheets(w, 1)],
     "on sheets, some with own factors": lambda w: [EPS * on_sheets(w, 0), EPS * low_rank(w, 1, shared=False)],
     "on sheets, tensors as coefficients": lambda w: [torch.tensor(EPS) * on_sheets(w, 0), -EPS * on_sheets(w, 0)],
@@ -227,6 +232,23 @@ def test_autocast_around_the_step():
         assert len(set(batched)) == 2
 
 
+def test_tensors_that_are_put_elsewhere_are_found():
+    """`parameter.data = ...` between two steps: what was known of the old memory is forgotten."""
+    for low in (False, True):
+        _, named, closure = make("llama", torch.float32)
+        weights = Weights(named)
+        engine = Batched(weights)
+        points = pair(on_sheets(weights, 0)) if low else pair(noise(0))
+        answers(engine, points, closure)
+        held = []
+        for _, parameter in named:
+            held.append(parameter.data)
+            parameter.data = parameter.data * 1.25
+        assert answers(engine, points, closure, waves=1) == pytest.approx(
+            answers(InPlace(weights), points, closure, waves=1), rel=1e-5
+        )
+
+
 def test_autocast_and_a_pair_share_a_forward():
     """Products into a given tensor do not cast, so that under autocast they make tensors of their own."""
     _, named, closure = make("llama", torch.float32)
@@ -240,11 +262,12 @@ def test_autocast_and_a_pair_share_a_forward():
         assert calls.counts["LlamaDecoderLayer"] == 2, engine.reason
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("name", "fresh"), [("llama", "left"), ("gpt2", "right")])
 @pytest.mark.parametrize("points", [pair, several_on_what_waits])
-def test_factors_on_sheets_are_summed_for_all_matrices_at_once(name, fresh, points, monkeypatch):
+def test_factors_on_sheets_are_summed_for_all_matrices_at_once(name, fresh, points, dtype, monkeypatch):
     """However many terms there are: where the fresh factor is the outputs' (GPT-2 stores its matrices the other way round)."""
-    _, named, closure = make(name)
+    _, named, closure = make(name, dtype)
     weights = Weights(named)
     made, widths = [], []
     was, add = FreshFactors.made, FreshProducts.add

@@ -145,6 +145,16 @@ def test_the_query_writes_in_its_own_pass(engine):
     assert not late(opt)
 
 
+@dtypes
+def test_autograd_is_told_when_the_query_writes(dtype):
+    """A weight that was saved for a backward pass and moved since must not pass as unchanged."""
+    case, opt = begin("llama", dtype, "batched", 100)
+    steps(opt, case.closure, 3)
+    before = [tensor._version for _, tensor in case.named]
+    opt.query(case.closure)
+    assert all(tensor._version > old for (_, tensor), old in zip(case.named, before, strict=True))
+
+
 def test_a_module_that_is_left_out_waits_until_it_runs_again():
     torch.manual_seed(0)
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)

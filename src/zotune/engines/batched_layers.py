@@ -84,7 +84,7 @@ class CopiedLinear(Copied):
             return
         wave, slot = self.wave, self.slots["weight"]
         if self.side is not None:
-            self.fresh_products.ready(self.side, wave.fresh_factor(slot.site.name, slot.tensor))
+            self.fresh_products.ready(self.side, wave.fresh_factor(slot.site.name, slot.tensor), slot.tensor)
         elif self.thin is not None:
             self.thin_products.ready(self.thin, wave.first, wave.last, slot.tensor, wave.columns)
 
@@ -155,6 +155,8 @@ class CopiedLinear(Copied):
     def _inner(self, first: Tensor, rows: Tensor, like: Tensor) -> Tensor | None:
         """rows @ into, out of the product that the leader of these layers has made for all of them."""
         wave = self.wave
+        if self.side is not None and self.fresh_products.alone:
+            return None
         if self.leader is not None:
             if wave.leader is not self.leader or wave.input is not first or wave.version != writes_to(first):
                 return None

@@ -47,7 +47,9 @@ class Wave:
     fresh: FreshFactors = field(
         default_factory=lambda: FreshFactors(Points(()))
     )  # of low-rank points that share the others
-    made: dict[str, Tensor] | None = None  # these for the copies of this forward, by name
+    made: dict[Any, dict[str, Tensor]] = field(
+        default_factory=dict
+    )  # these for this forward, by dtype and device; by name
     columns: dict[Any, Tensor] = field(default_factory=dict)  # scales of low-rank terms, the same for many matrices
     input: Tensor | None = None  # of the last linear layer; the layers that follow may share it
     version: int = 0  # how often it had been written to
@@ -56,8 +58,9 @@ class Wave:
 
     def forget(self) -> None:
         """Hold no activations and no points."""
-        self.input = self.products = self.leader = self.made = None
+        self.input = self.products = self.leader = None
         self.groups.clear()
+        self.made.clear()
 
     def matrices(self, like: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(AT_ONCE, *shape) uninitialised numbers like this tensor's, valid until they are asked for again; and each.
@@ -69,21 +72,18 @@ class Wave:
             return made, made.unbind()
         key = like.shape, like.dtype
         if key not in self.scratch:
-            self.largest = max(self.largest, like.numel())
-            buffer = self.buffers.get(like.dtype)
-            if buffer is None or buffer.numel() < AT_ONCE * like.numel():
-                self.scratch.clear()
+            if like.dtype not in self.buffers:
                 with torch.inference_mode(False):  # else only inference mode could write to it again
-                    buffer = self.buffers[like.dtype] = torch.empty(AT_ONCE * self.largest, dtype=like.dtype)
-            made = buffer[: AT_ONCE * like.numel()].view(AT_ONCE, *like.shape)
+                    self.buffers[like.dtype] = torch.empty(AT_ONCE * self.largest, dtype=like.dtype)
+            made = self.buffers[like.dtype][: AT_ONCE * like.numel()].view(AT_ONCE, *like.shape)
             self.scratch[key] = made, made.unbind()
         return self.scratch[key]
 
     def fresh_factor(self, name: str, like: Tensor) -> Tensor:
-        """(C, r, m), in the dtype and on the device of a tensor."""
-        if self.made is None:
-            self.made = self.fresh.made(self.first, self.last, like)
-        return self.made[name].to(like)
+        """(C, r, m), for a matrix like this."""
+        if (like.dtype, like.device) not in self.made:
+            self.made[like.dtype, like.device] = self.fresh.made(self.first, self.last, like)
+        return self.made[like.dtype, like.device][name]
 
     def group(self, copies: range) -> tuple[Direction, ...]:
         """The points of some of the copies: the same object each time, by which `Weights` knows it again."""

@@ -6,7 +6,8 @@ The terms are what waits to be folded in and the new directions; their fresh fac
 (`core.low_rank.Sheet`), so that the sums of all matrices cost one product of (copies x terms) with (terms x numbers). A matrix
 is then left with one thin product on each side, however many terms there are. `engines.batched_low_rank` does the rest.
 
-The sum is rounded to the precision of the activations once; in bf16 what waits is so known to 8 bits of the whole.
+The compiled kernels of the CPU keep the sum in fp32 and do both thin products in one call. Elsewhere it is rounded to the
+precision of the activations once; in bf16 what waits is so known to 8 bits of the whole.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from zotune.core.direction import Scalar
 from zotune.core.low_rank import LowRank, Sheet
 from zotune.core.site import Site
 from zotune.engines.batched_low_rank import NOTHING, Points, cast_as
+from zotune.kernels.dispatch import backend_for
 
 
 @dataclass
@@ -49,13 +51,14 @@ class FreshFactors:
         return side if shape == site.shape else None  # else the matrix is seen in another shape
 
     def made(self, first: int, last: int, like: Tensor) -> dict[str, Tensor]:
-        """(C, r, m) fresh factors for the points first ... last - 1, in the dtype and on the device of a tensor."""
+        """(C, r, m) fresh factors for the points first ... last - 1, as products with activations like `like` take them."""
+        compiled = backend_for(like.device).adds_low_rank(like.dtype)
         found: dict[str, Tensor] = {}
         for number, sheet in enumerate(self.leaves[0][0].sheets if self.leaves else ()):
             sheets = [leaf.sheets[number].values.to(like.device) for leaf, _ in self.leaves]
             values = torch.stack(sheets).to(torch.promote_types(like.dtype, torch.float32))
             scales = _table([scales[first:last] for _, scales in self.leaves], values)
-            sums = torch.mm(scales, values).to(like.dtype)
+            sums = torch.mm(scales, values).to(values.dtype if compiled else like.dtype)
             parts = torch.split(sums, list(sheet.sizes), 1)
             for name, part, (rows, columns) in zip(sheet.names, parts, sheet.shapes, strict=True):
                 whole = part[:, : rows * columns].view(-1, rows, columns)
@@ -64,16 +67,23 @@ class FreshFactors:
 
 
 class FreshProducts:
-    """The thin products of one linear layer."""
+    """The thin products of one linear layer: by a kernel where there is one, else by torch."""
 
     def __init__(self) -> None:
-        self.into = self._fresh = NOTHING  # (in, r), (C, r, out)
+        self.into = self._turned = self._fresh = NOTHING  # (in, r), (r, in), (C, r, out)
         self._kept = NOTHING
 
-    def ready(self, side: Side, fresh: Tensor) -> None:
-        """Before a forward."""
-        if self._kept is not side.kept or self.into.dtype != fresh.dtype:
-            self._kept, self.into = side.kept, side.kept.to(fresh)
+    @property
+    def alone(self) -> bool:
+        """Whether x @ into is part of the kernel, so that layers with the same input need not share it."""
+        return self._turned is not NOTHING
+
+    def ready(self, side: Side, fresh: Tensor, like: Tensor) -> None:
+        """Before a forward. `like`: a tensor of the activations' dtype and device."""
+        compiled = backend_for(like.device).adds_low_rank(like.dtype)
+        if self._kept is not side.kept or self.into.dtype != like.dtype or compiled != self.alone:
+            self._kept, self.into = side.kept, side.kept.to(like)
+            self._turned = side.kept.to(like.device).t().contiguous() if compiled else NOTHING
         self._fresh = fresh
 
     def done(self) -> None:
@@ -82,6 +92,10 @@ class FreshProducts:
 
     def add(self, out: Tensor, x: Tensor, inner: Tensor | None = None) -> None:
         """out += (x @ kept) @ fresh of each copy: (C * n, m), changed in place. `inner`: x @ into, if that is known."""
+        backend = backend_for(out.device)
+        if self.alone and x.dtype == out.dtype and backend.adds_low_rank(out.dtype):
+            backend.add_low_rank(out, x.contiguous(), self._turned, self._fresh)
+            return
         if inner is None:
             inner = torch.mm(cast_as(x, out), cast_as(self.into, out))
         copies, rank, width = self._fresh.shape

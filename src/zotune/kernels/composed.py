@@ -98,6 +98,14 @@ class Composed(ABC):
         """See `Backend.prepared`."""
         return Prepared(self, stored, carried, site, outs)
 
+    def adds_low_rank(self, dtype: torch.dtype) -> bool:
+        """See `Backend.adds_low_rank`."""
+        return False
+
+    def add_low_rank(self, y: Tensor, x: Tensor, kept: Tensor, fresh: Tensor) -> None:
+        """See `Backend.add_low_rank`."""
+        raise NotImplementedError("There is no kernel for low-rank products here: see `adds_low_rank`.")
+
 
 def chunks(run: Run, *tensors: Tensor) -> Iterator[tuple[int, int, Sequence[Tensor]]]:
     """(offset, count, parts of the tensors) of a run, a chunk at a time; chosen rows come whole."""

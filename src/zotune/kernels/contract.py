@@ -102,6 +102,17 @@ class Backend(Protocol):
         """What does these two for one tensor and the same outs again and again: see `kernels.prepared`."""
         ...
 
+    def adds_low_rank(self, dtype: torch.dtype) -> bool:
+        """Whether there is an `add_low_rank` for activations of this dtype; else torch's products must do."""
+        ...
+
+    def add_low_rank(self, y: Tensor, x: Tensor, kept: Tensor, fresh: Tensor) -> None:
+        """y += (x @ kept.T) @ fresh[c] for the rows of each copy c: (C * n, out), (C * n, in), (rank, in), (C, rank, out).
+
+        Factors are fp32, sums as well; these are no bits of noise, so that back ends may round otherwise.
+        """
+        ...
+
 
 def written(tensors: Iterable[Tensor]) -> None:
     """What torch's own operations in place do: autograd must know that the old values are gone."""

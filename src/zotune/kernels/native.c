@@ -16,6 +16,7 @@
 #define COUNTERS 8      /* counters that go through Philox together */
 #define WORDS (TILE / 32) /* random words of a tile: one bit for each sign; numbers need a quarter */
 #define MOST_TERMS 256
+#define LANES 32        /* partial sums of a dot product */
 #define INLINE static inline __attribute__((always_inline))
 #define RESTRICT __restrict__
 
@@ -56,6 +57,18 @@ typedef struct Job {
     const struct Job *before; /* or NULL: an update of the same elements, made first */
 } Job;
 
+/* y += (x kept^T) fresh, with a fresh factor for each copy of the rows: what `zotune_thin` is told. */
+typedef struct {
+    void *y;                /* (rows, out), bf16 or fp32, as x */
+    const void *x;          /* (rows, in) */
+    const float *kept;      /* (rank, in) */
+    const float *fresh;     /* (rank, out) or turned (out, rank) of each copy, `step` numbers apart */
+    float *room;            /* `room_each` numbers for each thread */
+    int64_t rows, each;     /* rows in all, and of a copy */
+    int64_t in, out, rank, step, room_each;
+    int64_t bf16, turned;
+} Thin;
+
 static const uint32_t BIT[32] = {1u << 0,  1u << 1,  1u << 2,  1u << 3,  1u << 4,  1u << 5,  1u << 6,  1u << 7,
                                  1u << 8,  1u << 9,  1u << 10, 1u << 11, 1u << 12, 1u << 13, 1u << 14, 1u << 15,
                                  1u << 16, 1u << 17, 1u << 18, 1u << 19, 1u << 20, 1u << 21, 1u << 22, 1u << 23,
@@ -83,72 +96,8 @@ INLINE uint16_t nearest_bf16(float value) {
     return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
 
-/* The loops, compiled for several instruction sets; `zotune_level` chooses. */
-typedef void Work(const Job *, int64_t, int64_t);
-#define LEVEL(name) name##_plain
-#include "native_loops.h"
-#undef LEVEL
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define PRAGMA(text) _Pragma(#text)
-#ifdef __clang__
-#define BEGIN_TARGET(set) PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
-#define END_TARGET PRAGMA(clang attribute pop)
-#else
-#define BEGIN_TARGET(set) PRAGMA(GCC push_options) PRAGMA(GCC target(set))
-#define END_TARGET PRAGMA(GCC pop_options)
-#endif
-
-BEGIN_TARGET("avx2")
-#define LEVEL(name) name##_avx2
-#include "native_loops.h"
-#undef LEVEL
-END_TARGET
-
-#include <immintrin.h>
-
-/* Which of 64 halves, 32 of the first and 32 of the second operand, a permutation takes. */
-#define EACH32(OF)                                                                                                     \
-    {OF(0),  OF(1),  OF(2),  OF(3),  OF(4),  OF(5),  OF(6),  OF(7),  OF(8),  OF(9),  OF(10), OF(11), OF(12), OF(13), OF(14), OF(15), \
-     OF(16), OF(17), OF(18), OF(19), OF(20), OF(21), OF(22), OF(23), OF(24), OF(25), OF(26), OF(27), OF(28), OF(29), OF(30), OF(31)}
-#define JOINED(i) ((i) / 2 + (i) % 2 * 32)
-#define JOINED_AFTER(i) (JOINED(i) + 16)
-#define EVEN(i) (2 * (i))
-#define ODD(i) (2 * (i) + 1)
-typedef uint16_t Halves[32] __attribute__((aligned(64)));
-static const Halves FIRST = EACH32(JOINED), SECOND = EACH32(JOINED_AFTER), LOWER = EACH32(EVEN), UPPER = EACH32(ODD);
-
-#define OWN_ROWS
-BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl")
-#define LEVEL(name) name##_avx512
-#include "native_avx512.h"
-#include "native_loops.h"
-#undef LEVEL
-END_TARGET
-BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
-#define LEVEL(name) name##_avx512_bf16
-#define BF16_INSTRUCTIONS
-#include "native_avx512.h"
-#include "native_loops.h"
-#undef LEVEL
-END_TARGET
-
-static Work *const WORK[] = {work_plain, work_avx2, work_avx512, work_avx512_bf16};
-
-static int best(void) {
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2")) return 0;
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
-        return 1;
-    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
-}
-#else
-static Work *const WORK[] = {work_plain};
-
-static int best(void) { return 0; }
-#endif
-static int level = 0;
+#include "native_levels.h"
+static int level = 0; /* `zotune_level` chooses */
 
 /* The base rows, (32, 64). Called once, before anything else. */
 void zotune_codebook(const int8_t *rows) {
@@ -275,6 +224,22 @@ void zotune_update_and_run(const char *update, const char *packed, int threads) 
     run_job(&job, threads);
 }
 
+static void share_thin(void *data) {
+    const Thin *thin = (const Thin *)data;
+    const int64_t me = thread_number(), team = team_size();
+    THIN[level](thin, me * thin->rows / team, (me + 1) * thin->rows / team, thin->room + me * thin->room_each);
+}
+
+/* Rows are shared by the threads; none depends on another. */
+void zotune_thin(const char *packed, int threads) {
+    Thin thin;
+    memcpy(&thin, packed, sizeof thin);
+    if (threads > 1 && parallel)
+        parallel(share_thin, &thin, (unsigned)threads, 0);
+    else
+        THIN[level](&thin, 0, thin.rows, thin.room);
+}
+
 static void count_team(void *data) {
     if (thread_number() == 0) *(int *)data = team_size();
 }
@@ -287,4 +252,4 @@ int zotune_team(int threads) {
 }
 
 /* Raised with every change of Job, Term or of what a function means: native.py refuses any other. */
-int zotune_abi(void) { return 3; }
+int zotune_abi(void) { return 4; }

@@ -37,12 +37,13 @@ from zotune.kernels.native_packing import (
     threads_for,
 )
 from zotune.kernels.native_prepared import NativePrepared
+from zotune.kernels.native_thin import DTYPES, add_thin
 from zotune.kernels.openmp import find_runtime
 from zotune.kernels.prepared import Prepared
 from zotune.kernels.reference import ReferenceBackend
 from zotune.kernels.workspace import workspace
 
-ABI = 3  # what `zotune_abi` of native.c must say
+ABI = 4  # what `zotune_abi` of native.c must say
 
 
 class MissingError(Exception):
@@ -86,6 +87,8 @@ def load(path: Path) -> ctypes.CDLL:
     library.zotune_update_many.restype = None
     library.zotune_update_and_run.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int]
     library.zotune_update_and_run.restype = None
+    library.zotune_thin.argtypes = [ctypes.c_char_p, ctypes.c_int]
+    library.zotune_thin.restype = None
     library.zotune_level(-1)
     return library
 
@@ -211,6 +214,15 @@ class NativeBackend(Composed):
         """See `Backend.prepared`."""
         kind = Prepared if stored.dtype == torch.float16 else NativePrepared
         return kind(self, stored, carried, site, outs)
+
+    def adds_low_rank(self, dtype: torch.dtype) -> bool:
+        """See `Backend.adds_low_rank`."""
+        return dtype in DTYPES
+
+    def add_low_rank(self, y: Tensor, x: Tensor, kept: Tensor, fresh: Tensor) -> None:
+        """See `Backend.add_low_rank`."""
+        add_thin(self._library, y, x, kept, fresh)
+        written([y])
 
     def _call(
         self,

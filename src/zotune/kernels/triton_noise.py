@@ -121,6 +121,14 @@ class TritonBackend:
         """See `Backend.prepared`."""
         return Prepared(self, stored, carried, site, outs)
 
+    def adds_low_rank(self, dtype: torch.dtype) -> bool:
+        """See `Backend.adds_low_rank`."""
+        return False
+
+    def add_low_rank(self, y: Tensor, x: Tensor, kept: Tensor, fresh: Tensor) -> None:
+        """See `Backend.add_low_rank`."""
+        raise NotImplementedError("There is no kernel for low-rank products here: see `adds_low_rank`.")
+
     def table(self, terms: Sequence[Term], device: torch.device) -> Tensor:
         """The terms as the kernels read them: (terms, 3) int64 on the device."""
         if any(_stays(term.scale, device) for term in terms):
