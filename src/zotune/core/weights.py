@@ -68,8 +68,6 @@ class Weights:
 
     def perturb(self, slot: Slot, part: Site, point: Direction, out: Tensor) -> None:
         """out = round(value + point) for a part of a site; `out` may be the stored tensor itself."""
-        if slot.late and out is slot.tensor:
-            self.settle([slot])
         terms = table_terms(point, part) if _dense(slot, part, [out]) else None
         if terms:
             _in_one_pass(slot, part, terms, [(out, 1.0)])

@@ -16,7 +16,9 @@
 #define COUNTERS 8      /* counters that go through Philox together */
 #define WORDS (TILE / 32) /* random words of a tile: one bit for each sign; numbers need a quarter */
 #define MOST_TERMS 256
-#define LANES 32        /* partial sums of a dot product */
+#define LANES 16        /* partial sums of a dot product */
+#define FOUR 4
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
 #define INLINE static inline __attribute__((always_inline))
 #define RESTRICT __restrict__
 

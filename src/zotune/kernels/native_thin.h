@@ -1,23 +1,46 @@
-/* Low-rank products of native.c, included once for each instruction set: out += (x kept^T) fresh, row by row.
+/* Low-rank products of native.c, included once for each instruction set: y += (x kept^T) fresh, row by row.
 
-   Sums over `in` run in LANES partial sums, so that compilers may use vectors without reordering anything. */
+   FOUR columns of the factors are taken at once, so that a number of x or y is loaded once for them. Sums over `in` run in
+   LANES partial sums: compilers may use vectors without reordering anything. */
 
-INLINE void LEVEL(row_of_x)(float *RESTRICT to, const Thin *thin, int64_t row) {
-    if (thin->bf16) {
-        const uint16_t *x = (const uint16_t *)thin->x + row * thin->in;
-        for (int64_t i = 0; i < thin->in; i++) to[i] = value_of((uint32_t)x[i] << 16);
-    } else
-        memcpy(to, (const float *)thin->x + row * thin->in, thin->in * sizeof(float));
+INLINE void LEVEL(widen)(float *RESTRICT to, const void *from, int64_t first, int64_t count, int bf16) {
+    if (bf16)
+        for (int64_t i = 0; i < count; i++) to[i] = value_of((uint32_t)((const uint16_t *)from)[first + i] << 16);
+    else
+        memcpy(to, (const float *)from + first, count * sizeof(float));
 }
 
-INLINE float LEVEL(dot)(const float *RESTRICT a, const float *RESTRICT b, int64_t count) {
-    float part[LANES] = {0}, sum = 0;
+INLINE Lanes LEVEL(load)(const float *from) {
+    Lanes made;
+    memcpy(&made, from, sizeof made);
+    return made;
+}
+
+INLINE void LEVEL(dots)(float *inner, const float *x, const float *kept, int64_t in, int together) {
+    Lanes part[FOUR] = {{0}};
     int64_t i = 0;
-    for (; i + LANES <= count; i += LANES)
-        for (int lane = 0; lane < LANES; lane++) part[lane] += a[i + lane] * b[i + lane];
-    for (; i < count; i++) sum += a[i] * b[i];
-    for (int lane = 0; lane < LANES; lane++) sum += part[lane];
-    return sum;
+    for (; i + LANES <= in; i += LANES) {
+        const Lanes here = LEVEL(load)(x + i);
+        for (int k = 0; k < together; k++) part[k] += here * LEVEL(load)(kept + k * in + i);
+    }
+    for (int k = 0; k < together; k++) {
+        float sum = 0;
+        for (int64_t j = i; j < in; j++) sum += x[j] * kept[k * in + j];
+        for (int lane = 0; lane < LANES; lane++) sum += part[k][lane];
+        inner[k] = sum;
+    }
+}
+
+/* made += inner[0] * fresh[0] + ... of FOUR rows of `fresh`, or of one. */
+INLINE void LEVEL(spread)(float *made, const float *inner, const float *fresh, int64_t out, int together) {
+    int64_t j = 0;
+    for (; j + LANES <= out; j += LANES) {
+        Lanes here = LEVEL(load)(made + j);
+        for (int k = 0; k < together; k++) here += inner[k] * LEVEL(load)(fresh + k * out + j);
+        memcpy(made + j, &here, sizeof here);
+    }
+    for (; j < out; j++)
+        for (int k = 0; k < together; k++) made[j] += inner[k] * fresh[k * out + j];
 }
 
 /* One copy's fresh factor as (rank, out). */
@@ -34,26 +57,29 @@ static void LEVEL(fresh_of)(float *RESTRICT to, const Thin *thin, int64_t copy) 
 
 /* Rows first ... last - 1, with room for x, the fresh factor and a row of the result: in + (rank + 1) * out numbers. */
 static void LEVEL(thin)(const Thin *thin, int64_t first, int64_t last, float *room) {
-    float *x = room, *fresh = x + thin->in, *made = fresh + thin->rank * thin->out;
-    const int64_t out = thin->out;
+    const int64_t in = thin->in, out = thin->out, rank = thin->rank;
+    float *x = room, *fresh = x + in, *made = fresh + rank * out, inner[FOUR];
     int64_t at = -1; /* the copy whose factor is in `fresh` */
     for (int64_t row = first; row < last; row++) {
         if (row / thin->each != at) LEVEL(fresh_of)(fresh, thin, at = row / thin->each);
-        LEVEL(row_of_x)(x, thin, row);
-        for (int64_t k = 0; k < thin->rank; k++) {
-            const float inner = LEVEL(dot)(x, thin->kept + k * thin->in, thin->in), *RESTRICT from = fresh + k * out;
-            float *RESTRICT to = made;
-            if (k == 0)
-                for (int64_t j = 0; j < out; j++) to[j] = inner * from[j];
+        LEVEL(widen)(x, thin->x, row * in, in, (int)thin->bf16);
+        LEVEL(widen)(made, thin->y, row * out, out, (int)thin->bf16);
+        for (int64_t k = 0; k < rank;) {
+            const int together = k + FOUR <= rank ? FOUR : 1;
+            if (together == FOUR)
+                LEVEL(dots)(inner, x, thin->kept + k * in, in, FOUR);
             else
-                for (int64_t j = 0; j < out; j++) to[j] += inner * from[j];
+                LEVEL(dots)(inner, x, thin->kept + k * in, in, 1);
+            if (together == FOUR)
+                LEVEL(spread)(made, inner, fresh + k * out, out, FOUR);
+            else
+                LEVEL(spread)(made, inner, fresh + k * out, out, 1);
+            k += together;
         }
         if (thin->bf16) {
             uint16_t *RESTRICT y = (uint16_t *)thin->y + row * out;
-            for (int64_t j = 0; j < out; j++) y[j] = nearest_bf16(value_of((uint32_t)y[j] << 16) + made[j]);
-        } else {
-            float *RESTRICT y = (float *)thin->y + row * out;
-            for (int64_t j = 0; j < out; j++) y[j] += made[j];
-        }
+            for (int64_t j = 0; j < out; j++) y[j] = nearest_bf16(made[j]);
+        } else
+            memcpy((float *)thin->y + row * out, made, out * sizeof(float));
     }
 }
