@@ -66,7 +66,8 @@ class TrainConfig:
     data_seed: int = setting(0, "Fixes which rows are drawn and their order.")
     precision: str = setting("auto", "auto, fp32, autocast, bf16 or fp16.")
     fold_every: int = setting(
-        0, "For low-rank methods with rule sgd: steps between writes of the matrices' moves into the weights (50, say)."
+        0,
+        "For low-rank methods with rule sgd: steps between writes of matrices' moves (50, say). Others never wait long.",
     )
     low_precision: str = setting("carry", "How bf16 and fp16 weights take small updates: carry, plain or stochastic.")
     engine: str = setting("auto", "auto, layerwise or in_place.")

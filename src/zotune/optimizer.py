@@ -68,7 +68,7 @@ class ZO(torch.optim.Optimizer):
         fold_every: write moves into the weights every so many steps (50, say; rule "sgd"). Those of low-rank methods add
             up as factors beside the matrices; a dense move is written by the next step's query as it reads the tensor,
             the same bits in fewer passes. BETWEEN TWO FOLDS THE MODULE'S OWN TENSORS LAG BEHIND: call `fold()` before
-            anything else reads them for good, or look inside `folded()`. 0: in each step.
+            anything else reads or writes them, or look inside `folded()`. 0: in each step.
 
     Raises:
         ConfigError: a setting out of range, or moves that cannot wait. ParameterError: nothing to train, or packed tensors.
