@@ -256,7 +256,7 @@ def plan(job: Job, opt: ZO) -> dict[str, str]:
         "model": f"{config.model}, {sum(p.numel() for p in job.model.parameters()):,} parameters",
         "trained": f"{job.mode.name}: {opt.weights.numel:,} parameters in {len(opt.weights.slots)} tensors",
         "task": f"{config.task} ({job.task.kind}): {len(job.train)} training rows, {len(job.heldout)} held out",
-        "method": f"{_named(opt.method)}, {opt.method.paper}; rule {_named(opt.rule)}{_folded(config.fold_every)}",
+        "method": f"{_named(opt.method)}, {opt.method.paper}; rule {_named(opt.rule)}{_folded(opt)}",
         "forwards": f"{forwards:g} a step, {forwards * config.steps:g} in all, batch {config.batch_size}",
         "lr, eps": f"{group['lr']:g} ({lr_source}), {config.schedule}; {group['eps']:g} ({eps_source})",
         "precision": job.precision.reason,
@@ -272,7 +272,8 @@ def _named(made: Any) -> str:
     return f"{made.name} ({options})" if options else str(made.name)
 
 
-def _folded(every: int) -> str:
+def _folded(opt: ZO) -> str:
+    every = opt.folding.every if opt.folding.low_rank else 0
     return f"; moves of matrices are folded into the weights every {every} steps" if every else ""
 
 

@@ -134,3 +134,8 @@ def test_the_option_is_on_the_command_line(run, arguments, tmp_path):
     printed = run("train", *arguments, *words, "--out", tmp_path / "run").output
     assert "folded into the weights every 5 steps" in " ".join(printed.split())
     assert read_ledger(tmp_path / "run" / "ledger.jsonl").header["rule"]["fold_every"] == 5
+
+
+def test_the_plan_speaks_of_matrices_only_where_they_wait(run, arguments, tmp_path):
+    printed = run("train", *arguments, "--method", "mezo", "--steps", "2", "--out", tmp_path / "run").output
+    assert "folded into the weights" not in " ".join(printed.split())
