@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zotune.kernels import native_packing
+from zotune.kernels.reference import ReferenceBackend
 
 SIZES = st.integers(1, 70)
 
@@ -26,12 +27,13 @@ def operands(copies, each, width, out, rank, dtype, turned, seed=0):
     return y, x, kept, fresh.transpose(1, 2) if turned else fresh
 
 
+@pytest.mark.parametrize("by", ["native", "reference"])
 @given(
     copies=st.integers(1, 4), each=st.integers(1, 6), width=SIZES, out=SIZES, rank=st.integers(1, 9),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]), turned=st.booleans(), level=st.integers(0, 3),
     threads=st.integers(1, 3),
 )  # fmt: skip
-def test_products(native, copies, each, width, out, rank, dtype, turned, level, threads):
+def test_products(native, by, copies, each, width, out, rank, dtype, turned, level, threads):
     """Sums in fp32: 2**-24 for each of the width + rank + 1 roundings of numbers whose sizes add up to `size`.
 
     Then one rounding to the dtype.
@@ -43,7 +45,7 @@ def test_products(native, copies, each, width, out, rank, dtype, turned, level, 
     bound = 2.0**-24 * (width + rank + 1) * (size + y.double().abs().view(copies, each, out))
     native.level(level)
     torch.set_num_threads(threads)
-    native.add_low_rank(y, x, kept, fresh)
+    (native if by == "native" else ReferenceBackend()).add_low_rank(y, x, kept, fresh)
     found = y.double().view(copies, each, out)
     rounding = torch.finfo(dtype).eps / 2 * (expected.abs() + bound)
     assert bool(((found - expected).abs() <= bound + rounding).all())

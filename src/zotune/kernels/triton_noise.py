@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from zotune.kernels.codebook import integer_rows
-from zotune.kernels.composed import widened
+from zotune.kernels.composed import add_low_rank, widened
 from zotune.kernels.contract import Addition, Run, Term, written
 from zotune.kernels.prepared import Prepared
 from zotune.kernels.triton_draws import MIXED, NORMAL, RADEMACHER
@@ -127,7 +127,7 @@ class TritonBackend:
 
     def add_low_rank(self, y: Tensor, x: Tensor, kept: Tensor, fresh: Tensor) -> None:
         """See `Backend.add_low_rank`."""
-        raise NotImplementedError("There is no kernel for low-rank products here: see `adds_low_rank`.")
+        add_low_rank(y, x, kept, fresh)
 
     def table(self, terms: Sequence[Term], device: torch.device) -> Tensor:
         """The terms as the kernels read them: (terms, 3) int64 on the device."""
