@@ -194,6 +194,16 @@ class Sheet:
     ceilings: Tensor  # (k,) fp64, see `Factors`
     single: bool = False  # see `Factors`
 
+    def laid_out_as(self, other: "Sheet") -> bool:
+        """Whether the same matrices lie at the same places, in the same way."""
+        return (
+            self.names == other.names
+            and self.shapes == other.shapes
+            and self.sizes == other.sizes
+            and self.turned == other.turned
+            and self.fresh == other.fresh
+        )
+
     def factors(self) -> dict[str, Factors]:
         """By name; their fresh sides are views."""
         parts = [

@@ -188,7 +188,7 @@ class Pending:
 
     def _find(self, sheet: Sheet) -> int | None:
         """Which piece has the names and kept factors of a sheet: the same tensors, or tensors with the same numbers."""
-        alike = [k for k, piece in enumerate(self._pieces) if _same_layout(piece.sheet, sheet)]
+        alike = [k for k, piece in enumerate(self._pieces) if piece.sheet.laid_out_as(sheet)]
         for equal in (lambda a, b: a is b, torch.equal):
             for k in alike:
                 if all(equal(a, b) for a, b in zip(self._pieces[k].sheet.kept, sheet.kept, strict=True)):
@@ -242,16 +242,6 @@ def _copied(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(_copied(item) for item in value)
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _same_layout(one: Sheet, other: Sheet) -> bool:
-    return (
-        one.names == other.names
-        and one.shapes == other.shapes
-        and one.sizes == other.sizes
-        and one.turned == other.turned
-        and one.fresh == other.fresh
-    )
 
 
 def _added(move: Move, before: Piece | None) -> Piece:

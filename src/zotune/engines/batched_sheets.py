@@ -111,14 +111,7 @@ def _alike(leaves: list[LowRank]) -> bool:
 
 
 def _same(one: Sheet, other: Sheet) -> bool:
-    return (
-        one.names == other.names
-        and one.sizes == other.sizes
-        and one.shapes == other.shapes
-        and one.turned == other.turned
-        and one.fresh == other.fresh
-        and all(a is b for a, b in zip(one.kept, other.kept, strict=True))
-    )
+    return one.laid_out_as(other) and all(a is b for a, b in zip(one.kept, other.kept, strict=True))
 
 
 def _table(scales: list[list[Scalar]], like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zotune.kernels.contract import Addition, Run, Term
 from zotune.kernels.halves import JOIN, SPLIT
-from zotune.kernels.prepared import Prepared
+from zotune.kernels.unfused import Unfused
 from zotune.kernels.workspace import workspace
 
 CHUNK = 1 << 18  # elements worked on at once: one megabyte of fp32; smaller chunks cost more in calls than in cache
@@ -20,7 +20,7 @@ SIGNED: dict[bool, Callable[..., Tensor]] = {True: torch.add, False: torch.sub}
 Sums = Callable[[int, int], Tensor]
 
 
-class Composed(ABC):
+class Composed(Unfused, ABC):
     """A back end that makes sums of noise. See `kernels.contract.Backend`."""
 
     @abstractmethod
@@ -87,25 +87,6 @@ class Composed(ABC):
         for addition in additions:
             addition.apply(self.update)
 
-    def update_and_perturb(
-        self, addition: Addition, outs: Sequence[tuple[Tensor, float]], terms: Sequence[Term]
-    ) -> None:
-        """See `Backend.update_and_perturb`."""
-        addition.apply(self.update)
-        self.perturb(outs, *addition.flat, terms)
-
-    def prepared(self, stored: Tensor, carried: Tensor | None, site: int, outs: Sequence[Tensor]) -> Prepared:
-        """See `Backend.prepared`."""
-        return Prepared(self, stored, carried, site, outs)
-
-    def adds_low_rank(self, dtype: torch.dtype) -> bool:
-        """See `Backend.adds_low_rank`."""
-        return False
-
-    def add_low_rank(self, y: Tensor, x: Tensor, kept: Tensor, fresh: Tensor) -> None:
-        """See `Backend.add_low_rank`."""
-        add_low_rank(y, x, kept, fresh)
-
 
 def chunks(run: Run, *tensors: Tensor) -> Iterator[tuple[int, int, Sequence[Tensor]]]:
     """(offset, count, parts of the tensors) of a run, a chunk at a time; chosen rows come whole."""
@@ -116,12 +97,6 @@ def chunks(run: Run, *tensors: Tensor) -> Iterator[tuple[int, int, Sequence[Tens
     for offset in range(0, total, CHUNK):
         count = min(CHUNK, total - offset)
         yield offset, count, [tensor[offset : offset + count] for tensor in tensors]
-
-
-def add_low_rank(y: Tensor, x: Tensor, kept: Tensor, fresh: Tensor) -> None:
-    """`Backend.add_low_rank` by torch's products: right everywhere, but no faster than what callers do themselves."""
-    inner = torch.mm(x.to(kept.dtype), kept.t()).view(len(fresh), -1, len(kept))
-    y.add_(torch.bmm(inner, fresh).view(y.shape))
 
 
 def _values(stored: Tensor, run: Run) -> Tensor:

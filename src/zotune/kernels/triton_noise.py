@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from zotune.kernels.codebook import integer_rows
-from zotune.kernels.composed import add_low_rank, widened
-from zotune.kernels.contract import Addition, Run, Term, written
-from zotune.kernels.prepared import Prepared
+from zotune.kernels.composed import widened
+from zotune.kernels.contract import Run, Term, written
 from zotune.kernels.triton_draws import MIXED, NORMAL, RADEMACHER
 from zotune.kernels.triton_jit import (
     BF16,
@@ -38,6 +37,7 @@ from zotune.kernels.triton_jit import (
     update_rows,
     update_run,
 )
+from zotune.kernels.unfused import Unfused
 
 BLOCK = 512  # tiles begin at multiples of this
 KEPT = 64  # tables of terms that are kept
@@ -53,7 +53,7 @@ KINDS: dict[torch.dtype, tuple[int, torch.dtype, Any]] = {
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 
-class TritonBackend:
+class TritonBackend(Unfused):
     """Table noise on a CUDA device, one tensor a launch. `kernels.triton_many.Triton` is the whole back end."""
 
     name = "triton"
@@ -109,25 +109,6 @@ class TritonBackend:
             kernel = update_run if run.rows is None else update_rows
             kernel[_grid(run)](whole, whole if carried is None else carried, **shared)
         written([stored] if carried is None else [stored, carried])
-
-    def update_and_perturb(
-        self, addition: Addition, outs: Sequence[tuple[Tensor, float]], terms: Sequence[Term]
-    ) -> None:
-        """See `Backend.update_and_perturb`."""
-        addition.apply(self.update)
-        self.perturb(outs, *addition.flat, terms)
-
-    def prepared(self, stored: Tensor, carried: Tensor | None, site: int, outs: Sequence[Tensor]) -> Prepared:
-        """See `Backend.prepared`."""
-        return Prepared(self, stored, carried, site, outs)
-
-    def adds_low_rank(self, dtype: torch.dtype) -> bool:
-        """See `Backend.adds_low_rank`."""
-        return False
-
-    def add_low_rank(self, y: Tensor, x: Tensor, kept: Tensor, fresh: Tensor) -> None:
-        """See `Backend.add_low_rank`."""
-        add_low_rank(y, x, kept, fresh)
 
     def table(self, terms: Sequence[Term], device: torch.device) -> Tensor:
         """The terms as the kernels read them: (terms, 3) int64 on the device."""

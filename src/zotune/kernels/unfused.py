@@ -1,0 +1,36 @@
+"""What a back end does where it has no kernel of its own: the parts one after the other."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from zotune.kernels.contract import Addition, Term, Update
+from zotune.kernels.prepared import Prepared
+
+
+class Unfused:
+    """See `kernels.contract.Backend`, of which `update` and `perturb` are to be given."""
+
+    update: Update
+    perturb: Callable[..., None]
+
+    def update_and_perturb(
+        self, addition: Addition, outs: Sequence[tuple[Tensor, float]], terms: Sequence[Term]
+    ) -> None:
+        """See `Backend.update_and_perturb`."""
+        addition.apply(self.update)
+        self.perturb(outs, *addition.flat, terms)
+
+    def prepared(self, stored: Tensor, carried: Tensor | None, site: int, outs: Sequence[Tensor]) -> Prepared:
+        """See `Backend.prepared`."""
+        return Prepared(self, stored, carried, site, outs)
+
+    def adds_low_rank(self, dtype: torch.dtype) -> bool:
+        """See `Backend.adds_low_rank`."""
+        return False
+
+    def add_low_rank(self, y: Tensor, x: Tensor, kept: Tensor, fresh: Tensor) -> None:
+        """See `Backend.add_low_rank`."""
+        inner = torch.mm(x.to(kept.dtype), kept.t()).view(len(fresh), -1, len(kept))
+        y.add_(torch.bmm(inner, fresh).view(y.shape))
