@@ -36,20 +36,12 @@ class Wave:
     last: int = 0
     sizes: dict[str, int] = field(default_factory=dict)  # rows of one copy: "examples" and "tokens"
     looking: bool = False  # the same rows as when the model was looked at
-    groups: dict[range, tuple[Direction, ...]] = field(
-        default_factory=dict
-    )  # of this forward: the points of some copies
+    groups: dict[range, tuple[Direction, ...]] = field(default_factory=dict)  # points of some copies of this forward
     largest: int = 0  # elements of the largest matrix that may need scratch
-    scratch: dict[Any, tuple[Tensor, tuple[Tensor, ...]]] = field(
-        default_factory=dict
-    )  # on the CPU, by shape and dtype
+    scratch: dict[Any, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)  # by shape and dtype
     buffers: dict[torch.dtype, Tensor] = field(default_factory=dict)  # whose views these are
-    fresh: FreshFactors = field(
-        default_factory=lambda: FreshFactors(Points(()))
-    )  # of low-rank points that share the others
-    made: dict[Any, dict[str, Tensor]] = field(
-        default_factory=dict
-    )  # these for this forward, by dtype and device; by name
+    fresh: FreshFactors = field(default_factory=lambda: FreshFactors(Points(())))  # of low-rank points on sheets
+    made: dict[Any, dict[str, Tensor]] = field(default_factory=dict)  # in this forward: by dtype and device, by name
     columns: dict[Any, Tensor] = field(default_factory=dict)  # scales of low-rank terms, the same for many matrices
     input: Tensor | None = None  # of the last linear layer; the layers that follow may share it
     version: int = 0  # how often it had been written to

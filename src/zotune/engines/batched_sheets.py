@@ -71,7 +71,7 @@ class FreshProducts:
 
     def __init__(self) -> None:
         self.into = self._turned = self._fresh = NOTHING  # (in, r), (r, in), (C, r, out)
-        self._kept = NOTHING
+        self._kept, self._dtype = NOTHING, NOTHING.dtype
 
     @property
     def alone(self) -> bool:
@@ -81,9 +81,10 @@ class FreshProducts:
     def ready(self, side: Side, fresh: Tensor, like: Tensor) -> None:
         """Before a forward. `like`: a tensor of the activations' dtype and device."""
         compiled = backend_for(like.device).adds_low_rank(like.dtype)
-        if self._kept is not side.kept or self.into.dtype != like.dtype or compiled != self.alone:
-            self._kept, self.into = side.kept, side.kept.to(like)
+        if self._kept is not side.kept or self._dtype != like.dtype or compiled != self.alone:
+            self._kept, self._dtype = side.kept, like.dtype
             self._turned = side.kept.to(like.device).t().contiguous() if compiled else NOTHING
+            self.into = self._turned.t() if compiled else side.kept.to(like)
         self._fresh = fresh
 
     def done(self) -> None:
