@@ -1,6 +1,6 @@
 """How many copies share a forward: decided by size alone, so that every run and every resumed run decides alike.
 
-Measured on SmolLM2-135M, two threads: a dense pair in one forward saves 2 to 15 % of a step with 512 and 1,024 tokens, more
+Measured on SmolLM2-135M, two threads: a dense pair in one forward saves 1 to 12 % of a step with 512 and 1,024 tokens, more
 with fewer; at 2,000 tokens 2 % and nothing (bf16, fp32), and the copies' activations would count. Low-rank points, which write
 no weights, are never slower together; several directions gain while a forward is small.
 """
