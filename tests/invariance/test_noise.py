@@ -25,7 +25,8 @@ from zotune.core.noise import KINDS, check_kind, stream, uniform
 from zotune.core.site import Site, canonical_name
 from zotune.kernels.dispatch import using
 from zotune.kernels.reference import ReferenceBackend
-from zotune.kernels.reference import recent as row_numbers
+from zotune.kernels.row_numbers import local
+from zotune.kernels.row_numbers import recent as row_numbers
 
 ALL = sorted(KINDS)
 kinds = pytest.mark.parametrize("kind", ALL)
@@ -193,7 +194,7 @@ def test_kept_row_numbers_give_the_same_noise(reference, kind):
 
 
 def test_kept_row_numbers_stay_within_their_budget(reference, monkeypatch):
-    monkeypatch.setattr("zotune.kernels.reference.Recent.BUDGET", 1000)
+    monkeypatch.setattr("zotune.kernels.row_numbers.Recent.BUDGET", 1000)
     site = Site("w", (100, 70))  # 14 blocks: 448 bytes of row numbers
     expected = [anew(noise("normal", i), site) for i in range(20)]
     for _ in range(2):
@@ -204,6 +205,66 @@ def test_kept_row_numbers_stay_within_their_budget(reference, monkeypatch):
     too_large = Site("w", (1000, 70))
     anew(noise("normal"), too_large)
     assert not row_numbers().kept
+
+
+def _counting(monkeypatch):
+    """How many blocks each call of Philox was asked for."""
+    from zotune.kernels import philox, row_numbers
+
+    calls = []
+
+    def counted(key, site, blocks):
+        calls.append(len(blocks))
+        return philox.words32(key, site, blocks)
+
+    monkeypatch.setattr(row_numbers, "words32", counted)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["normal", "rademacher"])
+def test_row_numbers_drawn_ahead_give_the_same_noise(reference, monkeypatch, kind):
+    """A new stream is drawn for what the last one was asked for, in one call; any other order gets the same noise."""
+    sites = [Site(name, shape) for name, shape in [("a", (30, 70)), ("b", (5,)), ("c", (100, 7)), ("d", (64, 64))]]
+    purposes = ["first", "second", "third", "fourth"]
+    expected = {(s.name, p): anew(noise(kind, p), s) for s in sites for p in purposes}
+    local.__dict__.clear()
+    calls = _counting(monkeypatch)
+
+    def ask(purpose, asked):
+        calls.clear()
+        for site in asked:
+            assert torch.equal(noise(kind, purpose).realise(site), expected[site.name, purpose])
+        return len(calls)
+
+    assert ask("first", sites) == 4
+    assert ask("second", sites) == 1
+    assert ask("third", sites[::-1]) == 4  # nothing is known to come after "d"; then the others are new on the way
+    assert ask("fourth", [sites[2], sites[2], sites[0], sites[1], sites[3]]) <= 3
+    assert ask("first", sites) == ask("third", sites) == 0  # kept
+
+
+def test_row_numbers_are_drawn_ahead_up_to_a_bound(reference, monkeypatch):
+    """What one call draws for others is bounded, whatever was asked for before; one large run is drawn whole."""
+    monkeypatch.setattr("zotune.kernels.row_numbers.Recent.AHEAD", 10)
+    sites = [Site(f"w{i}", (512 * size,)) for i, size in enumerate([4, 4, 4, 30, 2])]
+    local.__dict__.clear()
+    calls = _counting(monkeypatch)
+    for purpose in ("first", "second"):
+        for site in sites:
+            noise("normal", purpose).realise(site)
+    assert calls == [4, 4, 4, 30, 2, 8, 4, 30, 2]
+
+
+def test_a_stream_that_asks_in_circles(reference, monkeypatch):
+    """a, a, b, a, b of stream after stream: what follows is followed once around."""
+    sites = [Site("a", (600,)), Site("b", (600,))]
+    expected = {(s.name, i): anew(noise("normal", i), s) for s in sites for i in range(3)}
+    local.__dict__.clear()
+    calls = _counting(monkeypatch)
+    for i in range(3):
+        for k in (0, 0, 1, 0, 1):
+            assert torch.equal(noise("normal", i).realise(sites[k]), expected[sites[k].name, i])
+    assert calls == [2, 2, 4, 4]
 
 
 @kinds

@@ -401,7 +401,7 @@ MARK = 64  # bytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_temporary_the_size_of_the_tensor(native, dtype):
     """The compiled kernels ask torch for nothing: they have 16 KB a term of their own. Pure torch works in five buffers of
-    2**18 elements (a megabyte of fp32)."""
+    2**19 elements (two megabytes of fp32)."""
     count = 1 << 22
     stored, plus, minus = (torch.zeros(count, dtype=dtype) for _ in range(3))
     carried = torch.zeros(count, dtype=torch.int16) if dtype == torch.bfloat16 else None
@@ -412,15 +412,15 @@ def test_no_temporary_the_size_of_the_tensor(native, dtype):
         backend.update(stored, carried, run, terms)
 
     def with_fresh_buffers(backend):
-        from zotune.kernels import reference, workspace
+        from zotune.kernels import row_numbers, workspace
 
         workspace._local.__dict__.clear()
-        reference.local.__dict__.clear()
+        row_numbers.local.__dict__.clear()
         all_of_it(backend)
         torch.empty(MARK, dtype=torch.uint8)  # something at least, or the instrument says that it does not work
 
     assert peak_bytes(lambda: with_fresh_buffers(native)) <= MARK
-    assert 1 << 20 < peak_bytes(lambda: with_fresh_buffers(REFERENCE)) < 12 << 20
+    assert 1 << 20 < peak_bytes(lambda: with_fresh_buffers(REFERENCE)) < 16 << 20
 
 
 def test_threads_are_those_of_torch(native):

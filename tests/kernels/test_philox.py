@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zotune.kernels.philox import philox_numpy, philox_scalar, philox_torch, words
+from zotune.kernels.philox import philox_numpy, philox_scalar, philox_torch, words, words32
 
 # Known answers distributed with Random123 (Salmon et al. 2011), philox4x32, 10 rounds: counter, key, output.
 KNOWN = [
@@ -61,3 +61,12 @@ def test_words_do_not_depend_on_the_chunk_worked_on(monkeypatch, chunk):
     whole = words((1, 2), 3, blocks)
     monkeypatch.setattr("zotune.kernels.philox._NUMPY_CHUNK", chunk)
     assert torch.equal(words((1, 2), 3, blocks), whole)
+
+
+def test_a_site_for_each_block(monkeypatch):
+    """The words of several sites at once are those of each, also where chunks end inside one."""
+    monkeypatch.setattr("zotune.kernels.philox._NUMPY_CHUNK", 7)
+    sites = np.array([5, 5, 5, 2**63 + 1, 2**63 + 1, 0, 0, 0, 0, 17], dtype=np.uint64)
+    blocks = np.array([0, 1, 2, 2**40, 3, 0, 5, 6, 7, 0], dtype=np.uint64)
+    each = [words32((3, 4), int(site), blocks[k : k + 1])[0] for k, site in enumerate(sites)]
+    assert np.array_equal(words32((3, 4), sites, blocks), np.stack(each))

@@ -18,7 +18,7 @@ from zotune.core.noise import Stream
 from zotune.core.site import site_id
 from zotune.kernels.codebook import BOOKS
 from zotune.kernels.philox import MASK, U64, philox_numpy
-from zotune.kernels.reference import TABLES
+from zotune.kernels.row_numbers import TABLES
 
 CPU = torch.device("cpu")
 

@@ -22,8 +22,8 @@ from zotune.core.site import Site
 from zotune.kernels.contract import Run, Term
 from zotune.kernels.dispatch import backend_for
 from zotune.kernels.philox import Words, philox_scalar, words
-from zotune.kernels.reference import TABLES
-from zotune.kernels.reference import local as _local  # noqa: F401 - tests empty it, to draw anew
+from zotune.kernels.row_numbers import TABLES
+from zotune.kernels.row_numbers import local as _local  # noqa: F401 - tests empty it, to draw anew
 
 CHUNK = 1 << 18  # elements made at once: one megabyte of fp32, which stays in a second-level cache
 

@@ -14,7 +14,7 @@ from zotune.kernels.halves import JOIN, SPLIT
 from zotune.kernels.unfused import Unfused
 from zotune.kernels.workspace import workspace
 
-CHUNK = 1 << 18  # elements worked on at once: one megabyte of fp32; smaller chunks cost more in calls than in cache
+CHUNK = 1 << 19  # elements worked on at once: two megabytes of fp32; smaller chunks cost more in calls than in cache
 SIGNED: dict[bool, Callable[..., Tensor]] = {True: torch.add, False: torch.sub}
 # The sum of the terms on elements offset ... offset + count - 1 of a run, in a buffer: valid until the next call.
 Sums = Callable[[int, int], Tensor]
@@ -42,45 +42,20 @@ class Composed(Unfused, ABC):
         terms: Sequence[Term],
     ) -> None:
         """See `Backend.perturb`."""
-        if stored.dtype in JOIN:
-            self._perturb_halves(outs, stored, carried, run, terms)
-            return
-        sums = self.sums(stored, run, terms)
-        for offset, count, (held, *sides) in chunks(run, stored, *(out for out, _ in outs)):
-            total = sums(offset, count)
-            for side, (_, sign) in zip(sides, outs, strict=True):
-                SIGNED[sign > 0](held, total, out=side)
-
-    def _perturb_halves(
-        self,
-        outs: Sequence[tuple[Tensor, float]],
-        stored: Tensor,
-        carried: Tensor | None,
-        run: Run,
-        terms: Sequence[Term],
-    ) -> None:
-        buffer = _values(stored, run)
-        sums = self.sums(buffer, run, terms)
-        moved = buffer if len(outs) == 1 else workspace("moved", buffer.numel(), buffer.dtype, buffer.device)
+        halves, sums = stored.dtype in JOIN, self.sums(_wide(stored), run, terms)
         low_bits = () if carried is None else (carried,)
         for offset, count, (held, *rest) in chunks(run, stored, *(out for out, _ in outs), *low_bits):
-            values = widened(held, rest[len(outs)] if low_bits else None, buffer)
-            total = sums(offset, count)
-            for side, (_, sign) in zip(rest, outs, strict=False):
-                side.copy_(SIGNED[sign > 0](values, total, out=moved[:count]))
+            values = widened(held, rest[len(outs)] if low_bits else None) if halves else held
+            _displace(rest, outs, values, sums(offset, count))
 
     def update(self, stored: Tensor, carried: Tensor | None, run: Run, terms: Sequence[Term]) -> None:
         """See `Backend.update`."""
         if stored.dtype not in SPLIT:
             self.add(stored, run, terms)
             return
-        if carried is None:
-            raise TypeError(f"An update of a {stored.dtype} tensor needs the tensor of carried bits beside it.")
-        buffer = _values(stored, run)
-        sums = self.sums(buffer, run, terms)
-        for offset, count, (held, low) in chunks(run, stored, carried):
-            values = widened(held, low, buffer).add_(sums(offset, count))
-            SPLIT[held.dtype](values, held, low)
+        sums = self.sums(_wide(stored), run, terms)
+        for offset, count, (held, low) in chunks(run, stored, _needed(carried)):
+            SPLIT[held.dtype](widened(held, low).add_(sums(offset, count)), held, low)
 
     def update_many(self, additions: Sequence[Addition]) -> None:
         """See `Backend.update_many`."""
@@ -99,17 +74,30 @@ def chunks(run: Run, *tensors: Tensor) -> Iterator[tuple[int, int, Sequence[Tens
         yield offset, count, [tensor[offset : offset + count] for tensor in tensors]
 
 
-def _values(stored: Tensor, run: Run) -> Tensor:
-    """A buffer for the fp32 values of a chunk."""
-    count = stored.numel() if run.rows is not None else min(CHUNK, stored.numel())
-    return workspace("widened", count, torch.float32, stored.device)
+def _wide(stored: Tensor) -> Tensor:
+    """Like what the values of a tensor are worked on in."""
+    return stored.new_empty(0, dtype=torch.float32) if stored.dtype in JOIN else stored
 
 
-def widened(held: Tensor, low: Tensor | None, buffer: Tensor | None = None) -> Tensor:
+def _needed(carried: Tensor | None) -> Tensor:
+    if carried is None:
+        raise TypeError("An update of a bf16 or fp16 tensor needs the tensor of carried bits beside it.")
+    return carried
+
+
+def widened(held: Tensor, low: Tensor | None) -> Tensor:
     """fp32 values of bf16 or fp16 numbers and their carried bits, in a buffer."""
-    if buffer is None:
-        buffer = workspace("widened", held.numel(), torch.float32, held.device)
-    values = buffer[: held.numel()].copy_(held)
+    values = workspace("widened", held.numel(), torch.float32, held.device).copy_(held)
     if low is not None:
         JOIN[held.dtype](values, held, low)
     return values
+
+
+def _displace(sides: Sequence[Tensor], outs: Sequence[tuple[Tensor, float]], values: Tensor, total: Tensor) -> None:
+    """side = round(values + sign * total) for each of the outs."""
+    for side, (_, sign) in zip(sides, outs, strict=False):  # carried bits may follow the sides
+        if side.dtype == values.dtype:
+            SIGNED[sign > 0](values, total, out=side)
+        else:
+            moved = workspace("moved", side.numel(), values.dtype, values.device)
+            side.copy_(SIGNED[sign > 0](values, total, out=moved))

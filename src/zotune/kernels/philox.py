@@ -83,13 +83,16 @@ def words(key: Words, site: int, blocks: Tensor) -> Tensor:
     return torch.from_numpy(words32(key, site, blocks.numpy().astype(np.uint64)).astype(np.int64))
 
 
-def words32(key: Words, site: int, blocks: U64) -> U32:
-    """`words` as numpy arrays: (n,) block numbers -> (n, 4) little-endian 32-bit words, whose bytes are the random bytes."""
-    low, high = np.uint64(site & MASK), np.uint64((site >> 32) & MASK)
+def words32(key: Words, site: int | U64, blocks: U64) -> U32:
+    """`words` as numpy arrays: (n,) block numbers -> (n, 4) little-endian 32-bit words, whose bytes are the random bytes.
+
+    `site` may be an array as well, with a site for each block.
+    """
+    sites = np.broadcast_to(np.asarray(site, dtype=np.uint64), blocks.shape)
     out = np.empty((blocks.size, 4), dtype="<u4")
     for start in range(0, blocks.size, _NUMPY_CHUNK):
-        part = blocks[start : start + _NUMPY_CHUNK]
-        counter = (part & np.uint64(MASK), part >> np.uint64(32), np.full_like(part, low), np.full_like(part, high))
+        part, where = blocks[start : start + _NUMPY_CHUNK], sites[start : start + _NUMPY_CHUNK]
+        counter = (part & np.uint64(MASK), part >> np.uint64(32), where & np.uint64(MASK), where >> np.uint64(32))
         for lane, values in enumerate(philox_numpy(counter, key)):
             out[start : start + part.size, lane] = values
     return out

@@ -1,93 +1,21 @@
 """The back end that needs nothing but torch and numpy: rows of the codebook are gathered, multiplied and added.
 
 Slower than the compiled ones, and what they are tested against. Each step of it is one operation on a buffer that stays
-in cache; the row numbers of a stream, which both sides of a pair and the update need, are drawn once.
+in cache; row numbers are drawn once for both sides of a pair and the update (`kernels.row_numbers`).
 """
 
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from zotune.kernels.codebook import INDEX_BITS, WIDTH, scaled_rows
+from zotune.kernels.codebook import scaled_rows
 from zotune.kernels.composed import Composed, Sums
 from zotune.kernels.contract import Run, Term
-from zotune.kernels.philox import Words, words, words32
+from zotune.kernels.row_numbers import TABLES, Blocks, recent, row_numbers
 from zotune.kernels.workspace import workspace
 
 FEW = 1 << 14  # fewer numbers than this are scaled after they are gathered: the codebook has 16 times as many
-
-
-@dataclass(frozen=True)
-class Table:
-    """How a kind of noise reads a Philox block (four 32-bit words): `lanes` row numbers of `bits` bits in each word."""
-
-    book: str
-    width: int  # numbers in a row
-    lanes: int
-    bits: int
-
-    @property
-    def rows_per_block(self) -> int:
-        """Rows that one block names."""
-        return 4 * self.lanes
-
-
-TABLES = {
-    "normal": Table("normal", WIDTH, lanes=2, bits=INDEX_BITS),  # a block is 8 rows of 64: 512 numbers
-    "rademacher": Table("rademacher", 8, lanes=4, bits=8),  # a block is 16 rows of 8: 128 signs
-}
-
-
-def row_numbers(table: Table, key: Words, site: int, blocks: Tensor) -> Tensor:
-    """(b,) block numbers -> (b * rows_per_block,) int32 row numbers."""
-    mask = (1 << table.bits) - 1
-    if blocks.device.type == "cpu":  # the words in memory are the lanes, the lowest first
-        made = words32(key, site, blocks.numpy().astype(np.uint64)).view(f"<u{4 // table.lanes}")
-        return torch.from_numpy((made & mask).astype(np.int32)).view(-1)
-    drawn, shift = words(key, site, blocks), 32 // table.lanes
-    lanes = [((drawn >> (shift * lane)) & mask).to(torch.int32) for lane in range(table.lanes)]
-    return torch.stack(lanes, dim=2).view(-1)
-
-
-class Recent:
-    """Row numbers made lately. A step draws each stream for both sides and the update; Philox is paid once.
-
-    Four bytes for 64 numbers of noise, and never more than BUDGET in all.
-    """
-
-    BUDGET = 32 << 20  # bytes
-
-    def __init__(self) -> None:
-        self.kept: dict[tuple[object, ...], Tensor] = {}
-        self.bytes = 0
-
-    def row_numbers(self, table: Table, key: Words, site: int, first: int, last: int, device: torch.device) -> Tensor:
-        """Row numbers of the blocks first ... last - 1."""
-        name = (table.book, key, site, first, last, device)
-        found = self.kept.get(name)
-        if found is None:
-            found = row_numbers(table, key, site, torch.arange(first, last, device=device))
-            if self.bytes + found.nbytes > self.BUDGET:
-                self.kept, self.bytes = {}, 0
-            if found.nbytes <= self.BUDGET:
-                self.kept[name] = found
-                self.bytes += found.nbytes
-        return found
-
-
-local = threading.local()  # each thread keeps its own row numbers
-
-
-def recent() -> Recent:
-    """This thread's row numbers."""
-    if not hasattr(local, "recent"):
-        local.recent = Recent()
-    found: Recent = local.recent
-    return found
 
 
 class ReferenceBackend(Composed):
@@ -122,7 +50,7 @@ def _run(like: Tensor, run: Run, term: Term) -> Sums:
     table, few = TABLES[term.book], run.count < FEW
     width, block = table.width, table.width * table.rows_per_block
     first, last = run.start // block, -(-(run.start + run.count) // block)
-    index = recent().row_numbers(table, term.key, run.site, first, last, like.device)
+    index = recent().row_numbers(table, term.key, Blocks(run.site, first, last), like.device)
     rows = scaled_rows(table.book, 1.0 if few else term.scale, like.dtype, like.device)
     skip = run.start - first * block  # elements of the first block that lie before the run
 

@@ -6,6 +6,27 @@ import torch
 from torch import Tensor
 
 _local = threading.local()
+VIEWS = 256  # lengths that are remembered
+
+
+class _Held(dict[tuple[str, int, torch.dtype], Tensor]):
+    """The tensors handed out: the same for the same question, and buffers that they are parts of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def __missing__(self, name: tuple[str, int, torch.dtype]) -> Tensor:
+        role, numel, dtype = name
+        with torch.inference_mode(False):  # else only inference mode could write to it again
+            buffer = self.buffers.get((role, dtype))
+            if buffer is None or buffer.numel() < numel:
+                self.clear()  # views would keep the old buffer
+                buffer = self.buffers[role, dtype] = torch.empty(numel, dtype=dtype)
+            if len(self) >= VIEWS:
+                self.clear()
+            made = self[name] = buffer[:numel]
+        return made
 
 
 def workspace(role: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -19,9 +40,7 @@ def workspace(role: str, numel: int, dtype: torch.dtype, device: torch.device) -
     """
     if device.type != "cpu":
         return torch.empty(numel, dtype=dtype, device=device)
-    held: dict[tuple[str, torch.dtype], Tensor] = vars(_local).setdefault("held", {})
-    buffer = held.get((role, dtype))
-    if buffer is None or buffer.numel() < numel:
-        with torch.inference_mode(False):  # else only inference mode could write to it again
-            buffer = held[role, dtype] = torch.empty(numel, dtype=dtype)
-    return buffer[:numel]
+    held: _Held | None = getattr(_local, "held", None)
+    if held is None:
+        held = _local.held = _Held()
+    return held[role, numel, dtype]
