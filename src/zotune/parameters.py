@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from zotune.core.errors import ConfigError, ParameterError
-from zotune.core.low_rank import Factors, LowRank
+from zotune.core.factors import Factors
+from zotune.core.low_rank import LowRank
 from zotune.core.pending import low_rank_parts
 from zotune.core.site import Site, canonical_name
 from zotune.core.step import Method, Rule

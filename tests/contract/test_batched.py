@@ -7,7 +7,8 @@ from tests.support.models import bits
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from zotune.core.direction import HERE, Noise, Scaled, Stored
-from zotune.core.low_rank import Factors, LowRank, Sheet
+from zotune.core.factors import Factors, Sheet
+from zotune.core.low_rank import LowRank
 from zotune.core.noise import stream
 from zotune.core.weights import Weights
 from zotune.engines.batched import Auto, Batched

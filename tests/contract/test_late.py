@@ -1,6 +1,7 @@
 """Dense moves that the next query writes: every loss and every bit of a run that writes them at once."""
 
 import copy
+from itertools import permutations
 
 import pytest
 import torch
@@ -8,7 +9,11 @@ from tests.checks.engines import make, steps
 from tests.support.models import CASES, assert_same_bits, snapshot
 from torch import nn
 
+from zotune.core.direction import Noise
 from zotune.core.ledger import read_ledger
+from zotune.core.noise import stream
+from zotune.core.site import Site
+from zotune.core.weights import Weights
 from zotune.engines import CHOICES
 from zotune.kernels.dispatch import backend_for, using
 from zotune.kernels.reference import ReferenceBackend
@@ -134,15 +139,126 @@ class Counting(ReferenceBackend):
 
 @pytest.mark.parametrize("engine", ["layerwise", "batched"])
 def test_the_query_writes_in_its_own_pass(engine):
-    """Once the model is known there is no pass for the update alone, but for tensors that are read in parts."""
+    """Once the model is known there is no pass for the update alone. The rows of an embedding are moved in a copy."""
     with using(Counting()):
         case, opt = begin("llama", torch.float32, engine, 100)
         steps(opt, case.closure, 3)
         backend = backend_for(torch.device("cpu"))
         backend.calls.clear()
         opt.query(case.closure)
-    assert sorted(backend.calls) == ["update", *["update_and_perturb"] * (len(opt.weights.slots) - 1)]
+    copies = backend.calls.count("update")
+    assert sorted(backend.calls) == ["update"] * copies + ["update_and_perturb"] * len(opt.weights.slots)
+    assert 1 <= copies <= 2  # for each sign, or for both
     assert not late(opt)
+
+
+@pytest.fixture
+def pieces(monkeypatch):
+    """Output layers of 67 rows are read 12 rows at a time."""
+    for place in ("forms.MIN_NUMEL", "swapping.MIN_NUMEL", "batched_ahead.IN_CACHE"):
+        monkeypatch.setattr(f"zotune.engines.{place}", 200)
+
+
+@pytest.mark.parametrize("few", [16, 0.01], ids=["each point alone", "ahead of time"])
+@pytest.mark.parametrize("engine", ["in_place", "layerwise", "batched"])
+@dtypes
+def test_tensors_that_are_read_in_pieces(dtype, engine, few, pieces, monkeypatch):
+    """Each piece gets the update as it is read; the rows of the embedding, which is the same tensor, before that."""
+    monkeypatch.setattr("zotune.engines.batched_ahead.FEW", few)
+    (case, _), (lagging, other) = both("llama", dtype, engine, 3)
+    other.fold()
+    assert_same_bits(snapshot(case), snapshot(lagging))
+
+
+@pytest.mark.parametrize("engine", ["layerwise", "batched"])
+def test_pieces_are_written_in_the_pass_that_reads_them(engine, pieces):
+    with using(Counting()):
+        case, opt = begin("llama", torch.bfloat16, engine, 100)
+        steps(opt, case.closure, 3)
+        backend = backend_for(torch.device("cpu"))
+        backend.calls.clear()
+        opt.query(case.closure)
+    shapes = {slot.site.name: slot.site.shape for slot in opt.weights}
+    in_pieces = [
+        s for name, s in shapes.items() if 67 in s or (engine == "layerwise" and len(s) == 2 and s[0] * s[1] >= 200)
+    ]
+    pieces_of_all = sum(-(-rows // (200 // width)) for rows, width in in_pieces)
+    assert backend.calls.count("update_and_perturb") == pieces_of_all + len(shapes) - len(in_pieces)
+    assert "update_many" not in backend.calls
+    assert not late(opt)
+
+
+class Failing(ReferenceBackend):
+    """Fails when it has written so many pieces."""
+
+    left = -1
+
+    def update_and_perturb(self, addition, *args):
+        if addition.start:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        super().update_and_perturb(addition, *args)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("engine", ["layerwise", "batched"])
+@dtypes
+def test_a_query_that_ends_between_two_pieces(dtype, engine, count, pieces):
+    """Neither half an update is left nor one that is written twice."""
+    found = []
+    for backend in (ReferenceBackend(), Failing()):
+        with using(backend):
+            case, opt = begin("llama", dtype, engine, 100)
+            steps(opt, case.closure, 2)
+            backend.left = count
+            if isinstance(backend, Failing):
+                with pytest.raises(KeyboardInterrupt):
+                    opt.query(case.closure)
+                assert not any(slot.reached for slot in opt.weights)
+                assert late(opt) != list(opt.weights.slots)
+            opt.fold()
+            found.append(snapshot(case))
+    assert_same_bits(*found)
+
+
+@dtypes
+def test_parts_in_any_order(dtype):
+    """Rows, runs from the front, runs from elsewhere, the whole: each is read as if the update had been written."""
+
+    def read(weights, slot, point, part):
+        out = torch.empty(part.numel, dtype=dtype)
+        weights.perturb(slot, part, point, out)
+        return out
+
+    torch.manual_seed(0)
+    stored = torch.randn(30, 7).to(dtype)
+    move, point = 0.01 * Noise(stream(0, "move")), 0.1 * Noise(stream(0, "point"))
+    site = Site("w", (30, 7))
+    parts = {
+        "rows": site.take(torch.tensor([3, 29, 0])),
+        "first": site.part(0, 50),
+        "next": site.part(50, 33),
+        "rest": site.part(83, 127),
+        "behind": site.part(100, 20),
+        "whole": site,
+    }
+    for order in [
+        *permutations(["rows", "first", "next", "behind"]),
+        ["first", "next", "rest", "rows"],
+        ["whole", "rows"],
+    ]:
+        results = []
+        for when in (False, True):
+            weights = Weights([("w", stored.clone())])
+            slot = weights.slots["w"]
+            weights.update_all([(slot, None, move)], late=when)
+            made = [read(weights, slot, point, slot.site if name == "whole" else parts[name]) for name in order]
+            weights.settle()
+            assert not slot.late
+            assert not slot.reached
+            results.append([*made, slot.tensor, *([] if slot.carried is None else [slot.carried])])
+        assert all(map(torch.equal, *results)), order
 
 
 @dtypes

@@ -8,8 +8,9 @@ import torch
 from tests.checks import subzero as checks
 from tests.support.mutations import sees
 
+from zotune.core.factors import Factors
 from zotune.core.frames import Frames
-from zotune.core.low_rank import Factors, normal_matrix, normal_stack
+from zotune.core.low_rank import normal_matrix, normal_stack
 from zotune.core.site import Site
 from zotune.methods import subzero
 from zotune.methods.subzero import Subspace, SubZero

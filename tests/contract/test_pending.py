@@ -14,8 +14,10 @@ from tests.support.models import CASES, assert_same_bits, snapshot
 
 from zotune.core.direction import Combination, Noise
 from zotune.core.errors import ClosureError, ConfigError, LedgerError
+from zotune.core.factors import Factors
+from zotune.core.grids import grid_bits
 from zotune.core.ledger import read_ledger
-from zotune.core.low_rank import Factors, LowRank, grid_bits, normal_matrix
+from zotune.core.low_rank import LowRank, normal_matrix
 from zotune.core.noise import stream
 from zotune.core.pending import MAX_RANK, Pending, low_rank_parts, moves_of
 from zotune.core.site import Site

@@ -11,19 +11,16 @@ from tests.support.bare import bare_context, realised
 from zotune.core.direction import HERE, Noise
 from zotune.core.draws import draw_many, draw_stack
 from zotune.core.errors import ConfigError
+from zotune.core.factors import Factors
 from zotune.core.frames import Frames
+from zotune.core.grids import MAX_RANK, grid_bits, on_grid, on_grids
 from zotune.core.low_rank import (
-    MAX_RANK,
-    Factors,
     LowRank,
     as_matrix,
-    grid_bits,
     low_rank_or_noise,
     normal_matrix,
     normal_sheet,
     normal_stack,
-    on_grid,
-    on_grids,
     one_thread,
     orthonormal,
     random_basis,

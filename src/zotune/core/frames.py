@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zotune.core.low_rank import LowRank, Sheet, grid_bits
+from zotune.core.factors import Sheet
+from zotune.core.grids import grid_bits
+from zotune.core.low_rank import LowRank
 from zotune.core.workspace import workspace
 
 
@@ -96,7 +98,7 @@ def _around(group: _Group, cores: Tensor, rank: int) -> Sheet:
 
 
 def _to_grids(stack: Tensor, rank: int) -> Tensor:
-    """(k, a, b) fp64: rounds each matrix as `low_rank.on_grid` does. Returns (k,) the powers of two above their numbers."""
+    """(k, a, b) fp64: rounds each matrix as `grids.on_grid` does. Returns (k,) the powers of two above their numbers."""
     largest = torch.abs(stack, out=_buffer("frames' size", stack)).flatten(1).amax(dim=1)
     known = largest.isfinite() & (largest > 0)
     ceilings = torch.ldexp(torch.ones_like(largest), torch.frexp(largest.where(known, 1.0)).exponent)

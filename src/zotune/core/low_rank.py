@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,57 +19,10 @@ from zotune.core.context import Context
 from zotune.core.direction import HERE, Combination, Direction, Leaves, Noise, Scalar, Scaled
 from zotune.core.draws import draw_flat, draw_stack
 from zotune.core.errors import ConfigError
+from zotune.core.factors import Factors, OnSheets, Sheet
+from zotune.core.grids import on_grid
 from zotune.core.noise import CHUNK, Stream
 from zotune.core.site import Site
-
-MAX_RANK = 1 << 11  # 2 * 21 bits of two factors and 11 bits of a sum fill fp64's 53
-SMALLEST = 2.0**-100  # numbers below it are on no grid: its units would leave fp32's exponents
-TABLE_CEILING = 4.0  # a power of two above every number of table noise, which ends at 83/32
-TABLE_RANK = 1 << 11  # up to here sums of products of table noise are exact in fp32: 83**2 * 2**11 < 2**24
-
-
-@lru_cache(maxsize=MAX_RANK)
-def grid_bits(rank: int) -> int:
-    """Bits that each of two factors may have, so that a sum of `rank` products is exact in fp64 (and a factor in fp32)."""
-    if not 1 <= rank <= MAX_RANK:
-        raise ConfigError(f"The rank must be between 1 and {MAX_RANK}; got {rank}.")
-    return min(24, (53 - math.ceil(math.log2(rank))) // 2)
-
-
-def on_grid(values: Tensor, rank: int) -> Tensor:
-    """Values rounded to multiples of 2**-bits of the power of two above the largest: (any shape), fp64 on the CPU.
-
-    A relative change of the largest values of at most 2**-22, as of fp32 numbers.
-    """
-    values = values.detach().to("cpu", torch.float64)
-    largest = float(values.abs().max()) if values.numel() else 0.0
-    if largest == 0.0 or not math.isfinite(largest):
-        return values
-    unit = ceiling_of(largest) * 2.0 ** -grid_bits(rank)
-    return torch.round(values / unit) * unit
-
-
-def ceiling_of(largest: float) -> float:
-    """The power of two above a positive number."""
-    return 2.0 ** math.frexp(largest)[1]
-
-
-def on_grids(many: Sequence[Tensor], rank: int) -> tuple[list[Tensor], list[float]]:
-    """`on_grid` of many fp32 tensors at once, in fp32 (the same numbers: all that happens is scaled by powers of two).
-
-    Returns:
-        The rounded tensors, and for each a power of two above its numbers (0 for a tensor of zeros).
-    """
-    if not many:
-        return [], []
-    many = list(many)
-    largest = torch.stack(torch._foreach_max(torch._foreach_abs(many))).tolist()
-    ceilings = [ceiling_of(value) if value and math.isfinite(value) else 0.0 for value in largest]
-    units = [max(ceiling, SMALLEST) * 2.0 ** -grid_bits(rank) for ceiling in ceilings]
-    made = torch._foreach_mul(many, [1.0 / unit for unit in units])
-    torch._foreach_round_(made)
-    torch._foreach_mul_(made, units)
-    return list(made), ceilings
 
 
 def normal_matrix(source: Stream, site: Site, role: str, shape: tuple[int, ...], kind: str = "gaussian") -> Tensor:
@@ -123,105 +75,6 @@ def random_basis(source: Stream, site: Site, role: str, shape: tuple[int, int]) 
     return on_grid(orthonormal(normal_matrix(source, site, role, shape)), shape[1]).float()
 
 
-@dataclass(frozen=True)
-class Factors:
-    """One matrix as left (m, r) @ right (n, r).T. Make it with `Factors.of`, which puts both onto their grids.
-
-    m * n is the site's number of elements; the matrix need not have the site's own shape (row-major order counts).
-    One of the two factors is usually kept for many steps, as the same tensor: what adds up directions, and what
-    multiplies activations by several of them, finds by that what they have in common.
-    """
-
-    left: Tensor  # fp32, on a grid
-    right: Tensor  # fp32, on a grid
-    fresh: str = "left"  # "left" or "right": the factor that is another in each step
-    ceiling: float | None = None  # a power of two that no number of the fresh factor exceeds; None: not known
-    single: bool = False  # both are table noise: sums of their products are exact in fp32 already
-
-    @classmethod
-    def of(cls, left: Tensor, right: Tensor) -> "Factors":
-        """Factors rounded onto their grids, in fp32 (which holds them exactly)."""
-        rank = left.shape[1]
-        if right.shape[1] != rank:
-            raise ConfigError(f"Factors need equal ranks; got {tuple(left.shape)} and {tuple(right.shape)}.")
-        return cls(on_grid(left, rank).float(), on_grid(right, rank).float())
-
-    @property
-    def rank(self) -> int:
-        """Columns of each factor."""
-        return self.left.shape[1]
-
-    @property
-    def changing(self) -> Tensor:
-        """The fresh factor."""
-        return self.left if self.fresh == "left" else self.right
-
-    @property
-    def kept(self) -> Tensor:
-        """The other one."""
-        return self.right if self.fresh == "left" else self.left
-
-    def run(self, start: int, count: int, device: torch.device) -> Tensor:
-        """Elements start ... start + count - 1 of the matrix in row-major order, exact: fp32 if that holds them, or fp64."""
-        width = self.right.shape[0]
-        first, last = start // width, -(-(start + count) // width)
-        rows = self._product(self.left[first:last], device)
-        return rows.view(-1)[start - first * width :][:count]
-
-    def chosen(self, rows: Tensor, width: int, device: torch.device) -> Tensor:
-        """Rows of a tensor that is `width` wide, exact, fp32 or fp64: (k, width)."""
-        if width == self.right.shape[0]:
-            return self._product(self.left[rows.to(self.left.device)], device)
-        made = [self.run(row * width, width, device) for row in rows.tolist()]  # seen in another shape: a row is a run
-        return torch.stack(made) if made else torch.zeros(0, width, device=device)
-
-    def _product(self, left: Tensor, device: torch.device) -> Tensor:
-        precision = torch.float32 if self.single and self.rank <= TABLE_RANK else torch.float64
-        return left.to(device, precision) @ self.right.to(device, precision).T
-
-
-@dataclass(frozen=True, eq=False)
-class Sheet:
-    """Factors of many matrices whose fresh sides lie in one tensor, so that they can be added up in a few calls."""
-
-    names: tuple[str, ...]
-    values: Tensor  # (sum of sizes,) fp32: one fresh side after the other
-    sizes: tuple[int, ...]  # numbers that each takes up; it may need fewer
-    shapes: tuple[tuple[int, int], ...]  # of what lies there
-    turned: bool  # what lies there is transposed
-    kept: tuple[Tensor, ...]  # the other sides
-    fresh: tuple[str, ...]  # see `Factors`
-    ceilings: Tensor  # (k,) fp64, see `Factors`
-    single: bool = False  # see `Factors`
-
-    def laid_out_as(self, other: "Sheet") -> bool:
-        """Whether the same matrices lie at the same places, in the same way."""
-        return (
-            self.names == other.names
-            and self.shapes == other.shapes
-            and self.sizes == other.sizes
-            and self.turned == other.turned
-            and self.fresh == other.fresh
-        )
-
-    def factors(self) -> dict[str, Factors]:
-        """By name; their fresh sides are views."""
-        parts = [
-            (part if size == shape[0] * shape[1] else part[: shape[0] * shape[1]]).view(shape)
-            for part, size, shape in zip(
-                torch.split(self.values, list(self.sizes)), self.sizes, self.shapes, strict=True
-            )
-        ]
-        new = [part.T for part in parts] if self.turned else parts
-        rows = zip(self.names, new, self.kept, self.fresh, self.ceilings.tolist(), strict=True)
-        return {
-            name: Factors(side, kept, which, ceiling, self.single)
-            if which == "left"
-            else Factors(kept, side, which, ceiling, self.single)
-            for name, side, kept, which, ceiling in rows
-        }
-
-
 @dataclass(frozen=True, eq=False)
 class LowRank(Direction):
     """Low-rank on the sites that have factors, another direction (by default zero) on the rest."""
@@ -233,10 +86,7 @@ class LowRank(Direction):
     @classmethod
     def on(cls, sheets: Sequence[Sheet]) -> "LowRank":
         """Low-rank on what is on the sheets, zero elsewhere."""
-        factors: dict[str, Factors] = {}
-        for sheet in sheets:
-            factors.update(sheet.factors())
-        return cls(factors, sheets=tuple(sheets))
+        return cls(OnSheets(sheets), sheets=tuple(sheets))
 
     def add_to(self, out: Tensor, site: Site, scale: Scalar = 1.0) -> None:
         """See `Direction.add_to`."""

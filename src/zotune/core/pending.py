@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from zotune.core.direction import Combination, Direction
-from zotune.core.low_rank import SMALLEST, Factors, LowRank, Sheet, ceiling_of, grid_bits
+from zotune.core.factors import Factors, Sheet
+from zotune.core.grids import SMALLEST, ceiling_of, grid_bits
+from zotune.core.low_rank import LowRank
 from zotune.core.site import Site
 from zotune.core.weights import Weights
 

@@ -35,7 +35,7 @@ class Slot:
     storage: "Storage"
     carried: Tensor | None = None  # int16, same shape, once there is something to carry
     late: tuple[Term, ...] = ()  # an update that `core.weights` has yet to write: see `Weights.settle`
-
+    reached: int = 0  # elements that have got it, during a query that reads the tensor in pieces
     prepared: Prepared | None = None  # of `Weights.perturb_many`, for the outs that it got last
 
     def stored(self, part: Site) -> Tensor:

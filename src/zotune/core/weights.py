@@ -48,6 +48,7 @@ class Weights:
         _refuse_shared_memory(self.slots.values())
         self.by_tensor = {id(slot.tensor): slot for slot in self.slots.values()}
         self._draws = _Draws()
+        self._begun: Slot | None = None  # a tensor that is being read in pieces, which get its late update
 
     def __iter__(self) -> Iterator[Slot]:
         return iter(self.slots.values())
@@ -70,7 +71,7 @@ class Weights:
         """out = round(value + point) for a part of a site; `out` may be the stored tensor itself."""
         terms = table_terms(point, part) if _dense(slot, part, [out]) else None
         if terms:
-            _in_one_pass(slot, part, terms, [(out, 1.0)])
+            self._in_one_pass(slot, part, terms, [(out, 1.0)])
             return
         self.settle([slot])
         if isinstance(slot.storage, Exact):
@@ -90,13 +91,15 @@ class Weights:
         rest: Sequence[int] = range(len(points))
         if part is slot.site and (prepared := _prepared(slot, outs)) is not None:
             draws, rest = self._draws.of(points, part)
+            if slot.reached:
+                self.settle([slot])
             for terms, signs in draws:
                 late, slot.late = slot.late, ()
                 prepared(terms, signs, late)
         elif _dense(slot, part, outs):
             draws, rest = self._draws.of(points, part)
             for terms, signs in draws:
-                _in_one_pass(slot, part, terms, [(outs[k], sign) for k, sign in signs])
+                self._in_one_pass(slot, part, terms, [(outs[k], sign) for k, sign in signs])
         for k in rest:
             self.perturb(slot, part, points[k], outs[k])
 
@@ -123,11 +126,20 @@ class Weights:
         """Write the updates that are late, of all tensors or of some: before anything reads the tensors themselves."""
         late: dict[torch.device, list[Addition]] = {}
         for slot in self if slots is None else slots:
-            if slot.late:
+            if slot.reached:
+                rest = slot.site.part(slot.reached, slot.site.count - slot.reached)
+                _addition(slot, slot.late, rest).apply(backend_for(slot.tensor.device).update)
+            elif slot.late:
                 late.setdefault(slot.tensor.device, []).append(_addition(slot, slot.late))
-                slot.late = ()
+            slot.late, slot.reached = (), 0
+        self._begun = None
         for device, additions in late.items():
             backend_for(device).update_many(additions)
+
+    def finish(self) -> None:
+        """After a query that may have ended early: no tensor has got its late update in part."""
+        if self._begun is not None:
+            self.settle([self._begun])
 
     def update(self, slot: Slot, change: Change, along: Direction | None = None) -> None:
         """Apply a change to the full-precision values of one site.
@@ -149,6 +161,36 @@ class Weights:
             change(values, piece)
             slot.storage.write(slot, piece, values)
 
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _in_one_pass(
+        self, slot: Slot, part: Site, terms: tuple[Term, ...], outs: Sequence[tuple[Tensor, float]]
+    ) -> None:
+        """out = round(value + sign * terms) for each (out, sign)."""
+        backend, flat = backend_for(slot.tensor.device), [(_flat(out), sign) for out, sign in outs]
+        run = run_of(part, slot.tensor.device)
+        if slot.late and part.rows is not None and not slot.reached:
+            moved = _addition(slot, slot.late, part)  # copies of the rows, and of their carried bits
+            backend.update(_flat(moved.stored), _low(moved), run, slot.late)
+            backend.perturb(flat, _flat(moved.stored), _low(moved), run, terms)
+            return
+        if slot.late and part.rows is None and part.start == slot.reached:
+            backend.update_and_perturb(_addition(slot, slot.late, part), flat, terms)
+            self._advance(slot, part.count)
+            return
+        if slot.late:
+            self.settle([slot])
+        carried = slot.carried if isinstance(slot.storage, Carried) else None
+        low = None if carried is None else _flat(select(carried, slot.site, part))
+        backend.perturb(flat, _flat(slot.stored(part)), low, run, terms)
+
+    def _advance(self, slot: Slot, count: int) -> None:
+        """So many elements more have got the late update."""
+        slot.reached += count
+        self._begun = slot
+        if slot.reached == slot.site.count:
+            slot.late, slot.reached, self._begun = (), 0, None
+
 
 def _as_addition(slot: Slot, along: Direction | None) -> Addition | None:
     """What the kernels need to know to add a direction; None if they cannot."""
@@ -158,9 +200,17 @@ def _as_addition(slot: Slot, along: Direction | None) -> Addition | None:
     return _addition(slot, terms) if terms else None
 
 
-def _addition(slot: Slot, terms: tuple[Term, ...]) -> Addition:
+def _addition(slot: Slot, terms: tuple[Term, ...], part: Site | None = None) -> Addition:
+    """Of the whole tensor, or of a part: of the tensor's own memory if that is a run, of copies of chosen rows."""
     low = slot.storage.low_bits(slot) if isinstance(slot.storage, Carried) else None
-    return Addition(slot.tensor, low, slot.site.id, terms)
+    if part is None or part is slot.site:
+        return Addition(slot.tensor, low, slot.site.id, terms)
+    carried = None if low is None else select(low, slot.site, part)
+    return Addition(slot.stored(part), carried, slot.site.id, terms, part.start)
+
+
+def _low(addition: Addition) -> Tensor | None:
+    return None if addition.carried is None else _flat(addition.carried)
 
 
 def _dense(slot: Slot, part: Site, outs: Sequence[Tensor]) -> bool:
@@ -186,20 +236,6 @@ def _prepared(slot: Slot, outs: Sequence[Tensor]) -> Prepared | None:
     if type(outs) is tuple and outs and _dense(slot, slot.site, outs):
         slot.prepared = backend.prepared(whole, low, slot.site.id, outs)
     return slot.prepared
-
-
-def _in_one_pass(slot: Slot, part: Site, terms: tuple[Term, ...], outs: Sequence[tuple[Tensor, float]]) -> None:
-    """out = round(value + sign * terms) for each (out, sign)."""
-    backend, flat = backend_for(slot.tensor.device), [(_flat(out), sign) for out, sign in outs]
-    if slot.late:
-        addition, slot.late = _addition(slot, slot.late), ()
-        if part is slot.site:
-            backend.update_and_perturb(addition, flat, terms)
-            return
-        addition.apply(backend.update)
-    carried = slot.carried if isinstance(slot.storage, Carried) else None
-    low = None if carried is None else _flat(select(carried, slot.site, part))
-    backend.perturb(flat, _flat(slot.stored(part)), low, run_of(part, slot.tensor.device), terms)
 
 
 def _flat(tensor: Tensor) -> Tensor:

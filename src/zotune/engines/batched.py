@@ -16,13 +16,15 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zotune.core.direction import Direction
 from zotune.core.errors import EngineError
 from zotune.core.step import Closure
-from zotune.core.weights import Weights
+from zotune.core.weights import Slot, Weights
+from zotune.engines.batched_ahead import AheadOfTime
 from zotune.engines.batched_calls import Unsuited
 from zotune.engines.batched_examples import ExampleRows
 from zotune.engines.batched_look import Watch, find_body
@@ -50,6 +52,7 @@ class Batched(Layerwise):
         self._ran_in: list[tuple[nn.Module, bool]] = []  # modules, and their modes before the search
         self._sides: dict[int, ThinProducts] = {}  # of low-rank points behind the body, by module
         self._examples = ExampleRows(self, self.by_size)
+        self._ahead = AheadOfTime(weights)
         self._thin_forms = False  # inside a wave whose low-rank points are evaluated on activations
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -78,6 +81,7 @@ class Batched(Layerwise):
         if self.served is None or self.served.broken:
             return super()._wave(points, closure, seed)
         served, answers = self.served, []
+        self._ahead.forget()
         with served.serving(points), self._low_rank_on_activations():
             for number, point in enumerate(points):
                 served.turn(number)
@@ -173,13 +177,25 @@ class Batched(Layerwise):
         for module, slot in self._owned.values():
             if id(module) in inside or type(module) is not nn.Linear or module._parameters["weight"] is not slot.tensor:
                 continue
-            if "forward" in vars(module) and id(module) not in self._formed:
+            if not self._swaps(slot) or ("forward" in vars(module) and id(module) not in self._formed):
                 continue
-            thin = thin_terms(Points([self._point]), slot.site, transposed=False) if self._swaps(slot) else None
+            thin = thin_terms(Points([self._point]), slot.site, transposed=False)
             if thin is not None:
                 sides = self._sides.setdefault(id(module), ThinProducts())
                 sides.ready(thin, 0, 1, slot.tensor, {})
                 self._replace_forward(module, slot, MethodType(_thin_forward(sides), module))
+            if id(module) in self._formed:
+                self._replace_forward(module, slot, self._ahead_of_time(module, slot, vars(module)["forward"]))
+
+    def _ahead_of_time(self, layer: nn.Linear, slot: Slot, alone: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+        """A forward that answers for all points of the body's forward, where that can be."""
+
+        def forward(input: Tensor) -> Tensor:
+            shared = None if self.served is None else self.served.shared
+            made = self._ahead.output(layer, slot, input, shared)
+            return alone(input) if made is None else made
+
+        return torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
 
 
 def _thin_forward(sides: ThinProducts) -> Callable[[nn.Linear, Tensor], Tensor]:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from zotune.core.direction import Combination, Direction, Scalar
-from zotune.core.low_rank import Factors, LowRank
+from zotune.core.factors import Factors
+from zotune.core.low_rank import LowRank
 from zotune.core.site import Site
 
 

@@ -103,6 +103,7 @@ class Copied:
     moved: dict[str, list[bool]] = field(default_factory=dict)  # by attribute: which points of the wave move it
     moves: set[str] = field(default_factory=set)  # what the points of the present forward move
     vectors: dict[str, Tensor] = field(default_factory=dict)  # (C, width) values that were made ahead
+    kept: dict[Any, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)  # what they lie in
 
     @property
     def plain(self) -> Any:
@@ -125,7 +126,18 @@ class Copied:
             for attribute in self.moves:
                 slot = self.slots[attribute]
                 if slot.tensor.dim() == 1:
-                    self.vectors[attribute] = self.values(attribute, slot.site, (slot.site.numel,))
+                    self.vectors[attribute], outs = self._rows_of(attribute)
+                    self.fill(attribute, slot.site, range(wave.copies), outs)
+
+    def _rows_of(self, attribute: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(C, width) uninitialised numbers like a vector's, and each row. The same objects each time: see `Wave.matrices`."""
+        like = self.slots[attribute].tensor
+        key = attribute, self.wave.copies, like.dtype
+        if key not in self.kept or not like.is_cpu:
+            with torch.inference_mode(False):
+                whole = torch.empty((self.wave.copies, like.numel()), dtype=like.dtype, device=like.device)
+            self.kept[key] = whole, whole.unbind()
+        return self.kept[key]
 
     @property
     def makes_vectors(self) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -18,6 +19,15 @@ from zotune.engines.batched_low_rank import Points
 from zotune.engines.batched_modules import Wave
 from zotune.engines.batched_sheets import FreshFactors
 from zotune.engines.batched_size import copies_for
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the body returned in one forward for several points, to the closure of one of them."""
+
+    points: Sequence[Direction]
+    copy: int  # whose turn it is
+    leaves: list[Tensor]  # (copies * rows, ...)
 
 
 class Served:
@@ -87,6 +97,14 @@ class Served:
         self._now, self._called = number, False
         if number >= self._last:
             self._answer = self._asked = None
+
+    @property
+    def shared(self) -> Shared | None:
+        """What the present point's closure has got its share of."""
+        if self._answer is None or not self._called:
+            return None
+        points = self._points[self._first : self._last]
+        return Shared(points, self._now - self._first, [x for x in self._answer.leaves if isinstance(x, Tensor)])
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The body's forward: a share of the recording, a new recording, or as always (layer by layer)."""

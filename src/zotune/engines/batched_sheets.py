@@ -3,7 +3,7 @@
     y_c += (x_c kept) fresh_c.T        fresh_c = sum over terms of scale_(c, term) * fresh_term
 
 The terms are what waits to be folded in and the new directions; their fresh factors lie one after the other in one tensor
-(`core.low_rank.Sheet`), so that the sums of all matrices cost one product of (copies x terms) with (terms x numbers). A matrix
+(`core.factors.Sheet`), so that the sums of all matrices cost one product of (copies x terms) with (terms x numbers). A matrix
 is then left with one thin product on each side, however many terms there are. `engines.batched_low_rank` does the rest.
 
 The compiled kernels of the CPU keep the sum in fp32 and do both thin products in one call. Elsewhere it is rounded to the
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from zotune.core.direction import Scalar
-from zotune.core.low_rank import LowRank, Sheet
+from zotune.core.factors import Sheet
+from zotune.core.low_rank import LowRank
 from zotune.core.site import Site
 from zotune.engines.batched_low_rank import NOTHING, Points, cast_as
 from zotune.kernels.dispatch import backend_for

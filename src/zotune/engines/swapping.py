@@ -90,6 +90,7 @@ class Swapping:
                     self._leave(module)
                 self._running.clear()
                 self._point, self._only = HERE, None
+                self.weights.finish()
 
     def _moves(self, point: Direction) -> bool:
         return any(point.touches(slot.site) for slot in self.weights)

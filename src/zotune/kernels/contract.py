@@ -43,18 +43,19 @@ Update = Callable[[Tensor, Tensor | None, Run, Sequence[Term]], None]  # `Backen
 
 @dataclass(frozen=True)
 class Addition:
-    """One whole tensor, and what is added to its values."""
+    """One tensor, whole or a run of its elements, and what is added to its values."""
 
     stored: Tensor  # contiguous
     carried: Tensor | None  # int16, for bf16 and fp16
     site: int  # 64-bit id
     terms: Sequence[Term]
+    start: int = 0  # number of the first element in the site
 
     @property
     def flat(self) -> tuple[Tensor, Tensor | None, Run]:
         """The tensors as one run of elements."""
         flat = self.stored.view(-1)
-        return flat, None if self.carried is None else self.carried.view(-1), Run(self.site, 0, flat.numel())
+        return flat, None if self.carried is None else self.carried.view(-1), Run(self.site, self.start, flat.numel())
 
     def apply(self, update: Update) -> None:
         """By a call of its own."""
@@ -95,7 +96,7 @@ class Backend(Protocol):
     def update_and_perturb(
         self, addition: Addition, outs: Sequence[tuple[Tensor, float]], terms: Sequence[Term]
     ) -> None:
-        """`update` of one whole tensor, and then `perturb` of it: in one pass where there is a kernel for that."""
+        """`update` of one tensor, and then `perturb` of it: in one pass where there is a kernel for that."""
         ...
 
     def prepared(self, stored: Tensor, carried: Tensor | None, site: int, outs: Sequence[Tensor]) -> Any:

@@ -162,32 +162,31 @@ class NativeBackend(Composed):
 
     def update_many(self, additions: Sequence[Addition]) -> None:
         """See `Backend.update_many`: one call for all that move along the same terms."""
-        alike: dict[tuple[int, int], list[Addition]] = {}
+        alike: dict[tuple[int, bytes], list[Addition]] = {}
         for addition in additions:
             kind = EXACT.get(addition.stored.dtype, BF16_SPLIT if addition.carried is not None else -1)
             if kind < 0 or addition.stored.dtype == torch.float16 or not takes(addition.terms):
                 addition.apply(self.update)
             else:
-                alike.setdefault((kind, id(addition.terms)), []).append(addition)
-        for (kind, _), group in alike.items():
-            self._update_together(kind, group)
+                alike.setdefault((kind, self.packed.of(addition.terms)), []).append(addition)
+        for (kind, terms), group in alike.items():
+            self._update_together(kind, terms, group)
 
-    def _update_together(self, kind: int, additions: Sequence[Addition]) -> None:
+    def _update_together(self, kind: int, terms: bytes, additions: Sequence[Addition]) -> None:
         places, changed, total = bytearray(), [], 0
         for addition in additions:
             check(addition.stored, addition.stored.dtype, addition.stored.numel())
             changed.append(addition.stored)
-            address, count = 0, addition.stored.numel()
+            address, numel = 0, addition.stored.numel()
             if addition.carried is not None:
-                check(addition.carried, torch.int16, count)
+                check(addition.carried, torch.int16, numel)
                 changed.append(addition.carried)
                 address = addition.carried.data_ptr()
-            places += PLACE.pack(addition.stored.data_ptr(), address, addition.site, count)
-            total += count
-        terms = additions[0].terms
-        head = JOB.pack(room_for(len(terms)), 0, 0, 0, 0, 0, 0, 0, kind, len(terms), 1, 0, 0, 0, 0)
-        threads = threads_for(total * len(terms))
-        self._update_many(head + self.packed.of(terms) + OUT.pack(0, 0), bytes(places), len(additions), threads)
+            places += PLACE.pack(addition.stored.data_ptr(), address, addition.site, numel)
+            total += numel
+        count = len(additions[0].terms)
+        head = JOB.pack(room_for(count), 0, 0, 0, 0, 0, 0, 0, kind, count, 1, 0, 0, 0, 0)
+        self._update_many(head + terms + OUT.pack(0, 0), bytes(places), len(additions), threads_for(total * count))
         written(changed)
 
     def update_and_perturb(

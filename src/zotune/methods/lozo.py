@@ -40,17 +40,9 @@ from torch import Tensor
 from zotune.core.context import Context, Estimate
 from zotune.core.direction import Direction
 from zotune.core.errors import ConfigError
-from zotune.core.low_rank import (
-    TABLE_CEILING,
-    Factors,
-    LowRank,
-    Sheet,
-    low_rank_or_noise,
-    low_rank_shape,
-    normal_sheet,
-    on_grids,
-    one_thread,
-)
+from zotune.core.factors import TABLE_CEILING, Factors, Sheet
+from zotune.core.grids import on_grids
+from zotune.core.low_rank import LowRank, low_rank_or_noise, low_rank_shape, normal_sheet, one_thread
 from zotune.core.noise import Stream
 from zotune.core.site import Site
 from zotune.methods.base import Base

@@ -43,13 +43,13 @@ from zotune.core.context import Context, Estimate
 from zotune.core.direction import Combination, Direction
 from zotune.core.errors import ConfigError
 from zotune.core.frames import Batch, Frames
+from zotune.core.grids import on_grid
 from zotune.core.low_rank import (
     as_matrix,
     low_rank_or_noise,
     low_rank_shape,
     normal_matrix,
     normal_stack,
-    on_grid,
     one_thread,
     orthonormal,
     random_basis,
