@@ -3,9 +3,11 @@
     python benchmarks/speed.py [--model smollm2-135m] [--rounds 7] [--loss last|all] [--json FILE]
     python benchmarks/speed.py --methods            # every method with its defaults, per forward pass
 
-All candidates of a column run interleaved in one process, in rotating order. A ratio is taken inside each round, to two
-`torch.inference_mode` forwards with the same loss code; the table shows the median and the range over rounds. All
-candidates have the same allocator settings (`zotune.allocator`), and lr > 0, so that bf16 weights carry low-order bits.
+All candidates of a column run interleaved in one process, in rotating order. In its turn each runs `--before` times unclocked
+(a training step follows a training step, and not seconds of another program's) and once clocked. A ratio is taken inside
+each round, to two `torch.inference_mode` forwards with the same loss code; the table shows the median and the range over
+rounds. All candidates have the same allocator settings (`zotune.allocator`), and lr > 0, so that bf16 weights carry
+low-order bits.
 """
 
 import argparse
@@ -70,7 +72,7 @@ class Column:
     made: dict[str, Candidate]
     directions: dict[str, float] = field(default_factory=dict)
 
-    def measure(self, rounds: int) -> dict[str, dict[str, float]]:
+    def measure(self, rounds: int, before: int) -> dict[str, dict[str, float]]:
         for candidate in self.made.values():
             candidate()  # warm up: compile, allocate, look at the model
             candidate()
@@ -78,6 +80,8 @@ class Column:
         names = list(self.made)
         for turn in range(rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                for _ in range(before):
+                    self.made[name]()
                 start = time.perf_counter()
                 self.made[name]()
                 seconds[name].append((time.perf_counter() - start) / self.directions.get(name, 1.0))
@@ -144,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--before", type=int, default=1, help="runs of a candidate before the one that counts")
     parser.add_argument("--loss", choices=("last", "all"), default="last")
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=list(DTYPES))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
@@ -161,7 +166,7 @@ def main() -> None:
     print(f"{'shape':7} {'dtype':5} {'candidate':40} {'ms':>9} {'ratio':>7}  range")
     for dtype, shape in product(arguments.dtypes, arguments.shapes):
         model = load(arguments.model, DTYPES[dtype], arguments.device)
-        measured = columns(model, SHAPES[shape], arguments.loss, arguments.only).measure(arguments.rounds)
+        measured = columns(model, SHAPES[shape], arguments.loss, arguments.only).measure(arguments.rounds, arguments.before)
         for name, c in measured.items():
             print(
                 f"{shape:7} {dtype:5} {name:40} {c['ms']:9.1f} {c['ratio']:7.2f}  {c['low']:.2f} .. {c['high']:.2f}",

@@ -1,5 +1,7 @@
 """The batched engine answers as the in-place engine does, for every family of models and every kind of point."""
 
+import math
+
 import pytest
 import torch
 from tests.support.language_models import MODELS, make
@@ -12,7 +14,7 @@ from zotune.core.low_rank import LowRank
 from zotune.core.noise import stream
 from zotune.core.weights import Weights
 from zotune.engines.batched import Auto, Batched
-from zotune.engines.batched_layers import CopiedLinear
+from zotune.engines.batched_layers import CopiedConv1D, CopiedLinear
 from zotune.engines.batched_sheets import FreshFactors, FreshProducts
 from zotune.engines.batched_size import copies_for
 from zotune.engines.in_place import InPlace
@@ -79,6 +81,18 @@ _RIGHT: dict = {}
 @pytest.fixture(autouse=True)
 def _forget():
     _RIGHT.clear()
+
+
+@pytest.fixture(autouse=True)
+def thin_products(monkeypatch):
+    """However many rows there are, of few numbers: how low-rank points are evaluated is chosen by the tests."""
+    monkeypatch.setattr("zotune.engines.batched_layers.MATRIX", math.inf)
+
+
+@pytest.fixture
+def matrices(monkeypatch, thin_products):
+    """Low-rank points as a matrix for each copy."""
+    monkeypatch.setattr("zotune.engines.batched_layers.MATRIX", 0)
 
 
 def pair(z):
@@ -188,6 +202,49 @@ def test_losses_in_low_precision(name, points, dtype):
     assert answers(Batched(weights), made, closure) == pytest.approx(
         answers(InPlace(weights), made, closure, waves=1), rel=32 * torch.finfo(dtype).eps
     )
+
+
+@pytest.mark.parametrize("points", [name for name in POINTS if "low-rank" in name or "sheets" in name])
+@pytest.mark.parametrize("name", ["llama_untied", "opt", "gpt2", "bert", "lora"])  # with biases, and without
+def test_low_rank_points_as_matrices(name, points, matrices, monkeypatch):
+    """fp64: the products of a matrix and of its two parts, added up in another order, a few hundred 2**-53."""
+    _, named, closure = make(name)
+    weights = Weights(named)
+    made, filled = POINTS[points](weights), []
+    right = CopiedLinear._displaced
+    monkeypatch.setattr(CopiedLinear, "_displaced", lambda self, *a: filled.append(1) or right(self, *a))
+    assert answers(Batched(weights), made, closure) == pytest.approx(
+        answers(InPlace(weights), made, closure, waves=1), rel=1e-12
+    )
+    assert filled or "noise" in points or "dense" in points or "some" in points or "shape" in points
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("points", ["low-rank pair", "low-rank pairs, own factors", "on sheets, on what waits"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_matrices_in_low_precision(name, points, dtype, matrices):
+    """As in place, which rounds the same sums once; there from factors of 24 bits, here of the dtype's: 32 units, as above."""
+    _, named, closure = make(name, dtype)
+    weights = Weights(named)
+    made = POINTS[points](weights)
+    assert answers(Batched(weights), made, closure) == pytest.approx(
+        answers(InPlace(weights), made, closure, waves=1), rel=32 * torch.finfo(dtype).eps
+    )
+
+
+def test_many_rows_are_multiplied_by_matrices_and_few_by_factors(monkeypatch):
+    """What 24 x 16 numbers cost against those of an input of 16 and an output of 24 in each row."""
+    monkeypatch.setattr("zotune.engines.batched_layers.MATRIX", 3)
+
+    def chosen(kind, rows, matrix):
+        layer = kind(None, {}, None, [])
+        layer.moves, layer.thin = {"weight"}, True
+        return layer._writes(rows, matrix) == layer._displaced
+
+    matrix = torch.zeros(24, 16)
+    assert [chosen(CopiedLinear, rows, matrix) for rows in (1, 18, 19)] == [False, False, True]  # 3 * 384 / (16 + 48)
+    assert [chosen(CopiedConv1D, rows, matrix.T) for rows in (18, 19)] == [False, True]
+    assert not chosen(CopiedLinear, 1000, matrix.to("meta"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

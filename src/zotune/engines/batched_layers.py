@@ -6,6 +6,7 @@ activations (`engines.batched_low_rank`); layers that get the same input (querie
 two thin products.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,6 +20,12 @@ from zotune.engines.batched_low_rank import Thin, ThinProducts, same_objects, th
 from zotune.engines.batched_modules import AT_ONCE, SHARED, Copied, Wave
 from zotune.engines.batched_sheets import FreshProducts, Side
 from zotune.engines.forms import occurring
+
+MATRIX = (
+    3  # what a number of a matrix costs, in numbers that thin products read or write: measured at 250 to 1,000 rows
+)
+# (copies, (copies, *shape), each of these): makes the matrices of some copies
+Write = Callable[[range, Tensor, tuple[Tensor, ...]], None]
 
 
 class CopiedEmbedding(Copied):
@@ -101,8 +108,9 @@ class CopiedLinear(Copied):
         assert weight is not None
         rows = first.reshape(-1, first.shape[-1])  # 2-d: thin 3-d slices take a slow path in bf16 on the CPU
         biases = self.vectors.get("bias")  # (C, out)
-        if not self.low_rank and "weight" in self.moves:
-            made = self._dense(rows, self.slots["weight"], bias, biases)
+        write = self._writes(rows.shape[0] // self.wave.copies, weight)
+        if write is not None:
+            made = self._by_copies(rows, write, bias, biases)
         else:
             made = self._product(rows, weight, bias if biases is None else None)
             if "weight" in self.moves:
@@ -115,29 +123,69 @@ class CopiedLinear(Copied):
         return F.linear(rows, matrix.t() if self.transposed else matrix, bias)
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Dense points
+    # A matrix for each copy
 
-    def _dense(self, rows: Tensor, slot: Slot, bias: Tensor | None, biases: Tensor | None) -> Tensor:
-        """A product of each copy's rows with its matrix in scratch; two are made and multiplied at a time."""
-        copies, each, like = self.wave.copies, rows.shape[0] // self.wave.copies, slot.tensor
-        width = like.shape[1] if self.transposed else like.shape[0]
-        into = None if _casts(rows, like) else rows.new_empty(copies, each, width)
+    def _by_copies(
+        self,
+        rows: Tensor,
+        write: Write,
+        bias: Tensor | None,
+        biases: Tensor | None,
+    ) -> Tensor:
+        """A product of each copy's rows with its matrix in scratch; two are made and multiplied at a time.
+
+        Args:
+            rows: of all copies.
+            write: makes the matrices.
+            bias: the same for all copies, or None.
+            biases: (C, out), or None.
+        """
+        like, copies = self.slots["weight"].tensor, self.wave.copies
+        own = rows.view(copies, -1, rows.shape[1])
+        if copies == AT_ONCE:
+            return self._multiplied(own, like, write, range(copies), bias, biases).view(rows.shape[0], -1)
         pieces: list[Tensor] = []
         for start in range(0, copies, AT_ONCE):
-            stop = min(start + AT_ONCE, copies)
-            whole, scratch = self.wave.matrices(like)
-            self.fill("weight", slot.site, range(start, stop), scratch[: stop - start])
-            factors = whole[: stop - start] if self.transposed else whole[: stop - start].transpose(1, 2)
-            own = rows[start * each : stop * each].reshape(stop - start, each, -1)
-            out = None if into is None else into[start:stop]
-            if biases is not None:
-                made = torch.baddbmm(biases[start:stop].unsqueeze(1), own, factors, out=out)
-            elif bias is not None:
-                made = torch.baddbmm(bias, own, factors, out=out)
-            else:
-                made = torch.bmm(own, factors, out=out)
-            pieces.append(made)
-        return (torch.cat(pieces) if into is None else into).view(rows.shape[0], width)
+            some = slice(start, min(start + AT_ONCE, copies))
+            vectors = None if biases is None else biases[some]
+            pieces.append(self._multiplied(own[some], like, write, range(some.start, some.stop), bias, vectors))
+        return torch.cat(pieces).view(rows.shape[0], -1)
+
+    def _multiplied(
+        self, own: Tensor, like: Tensor, write: Write, copies: range, bias: Tensor | None, biases: Tensor | None
+    ) -> Tensor:
+        whole, each = self.wave.matrices(like)
+        if len(copies) < AT_ONCE:
+            whole, each = whole[: len(copies)], each[: len(copies)]
+        write(copies, whole, each)
+        factors = whole if self.transposed else whole.transpose(1, 2)
+        if biases is not None:
+            return torch.baddbmm(biases.unsqueeze(1), own, factors)
+        return torch.bmm(own, factors) if bias is None else torch.baddbmm(bias, own, factors)
+
+    def _writes(self, rows: int, matrix: Tensor) -> Write | None:
+        """What makes a matrix for each copy, if the copies of so many rows each are to be multiplied by their own.
+
+        Low-rank points: if that costs less than thin products. Those read what goes in, and read and write what comes out:
+        from memory, when it is much. A matrix is made, written and read. On the CPU; elsewhere it has not been measured.
+        """
+        if "weight" not in self.moves:
+            return None
+        if not self.low_rank:
+            return self._noisy
+        width, out = matrix.shape if self.transposed else matrix.shape[::-1]
+        return self._displaced if matrix.is_cpu and rows * (width + 2 * out) > MATRIX * width * out else None
+
+    def _noisy(self, copies: range, whole: Tensor, each: tuple[Tensor, ...]) -> None:
+        self.fill("weight", self.slots["weight"].site, copies, each)
+
+    def _displaced(self, copies: range, whole: Tensor, each: tuple[Tensor, ...]) -> None:
+        """The stored matrix and the thin terms, rounded once."""
+        matrix = self.slots["weight"].tensor
+        into, fresh = self.sides.factors(copies, matrix)
+        into = into.expand(len(copies), -1, -1)
+        left, right = (into, fresh) if self.transposed else (fresh.transpose(1, 2), into.transpose(1, 2))
+        torch.baddbmm(matrix.expand_as(whole), left, right, out=whole)  # into a tensor: no autocast
 
     # ------------------------------------------------------------------------------------------------------------------
     # Low-rank points
@@ -174,11 +222,6 @@ class CopiedLinear(Copied):
         wave.leader, wave.input, wave.version = self, first, writes_to(first)
         wave.products = {id(each): piece for each, piece in zip(group, pieces, strict=True)}
         return wave.products.pop(id(self))
-
-
-def _casts(rows: Tensor, matrix: Tensor) -> bool:
-    """Whether a product casts its factors, which products into a given tensor do not."""
-    return rows.dtype != matrix.dtype or torch.is_autocast_enabled(rows.device.type)
 
 
 class CopiedConv1D(CopiedLinear):

@@ -152,6 +152,16 @@ class ThinProducts:
         torch.mul(inner.view(copies, -1, 1, width), self._columns.view(copies, 1, terms, width), out=scaled)
         out.addmm_(scaled.view(-1, terms * width), cast_as(self.out, out))
 
+    def factors(self, copies: range, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(in, K) and (C, K, out) whose products are the terms of some copies, in the dtype of `like`."""
+        into = self.into
+        if self._which is not None:
+            into = torch.cat([into[:, block] for block in self._which], 1)
+        elif self._repeated > 1:
+            into = into.repeat(1, self._repeated)
+        scales = self._columns[copies.start : copies.stop].transpose(1, 2)  # (C, K, 1)
+        return into.to(like), (scales * self.out.unsqueeze(0)).to(like)
+
 
 NOTHING = torch.empty(0)
 

@@ -103,6 +103,10 @@ class FreshProducts:
         copies, rank, width = self._fresh.shape
         out.view(copies, -1, width).baddbmm_(inner.reshape(copies, -1, rank), cast_as(self._fresh, out))
 
+    def factors(self, copies: range, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(in, r) and (C, r, out) whose products are the terms of some copies, in the dtype of `like`."""
+        return self.into.to(like), self._fresh[copies.start : copies.stop].to(like)
+
 
 def _alike(leaves: list[LowRank]) -> bool:
     """Whether the directions lie on sheets of one layout and share their kept factors."""

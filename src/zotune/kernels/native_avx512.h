@@ -111,3 +111,78 @@ INLINE void LEVEL(rows)(const Job *job, const uint32_t (*words)[WORDS], int row,
             LEVEL(row_of_bf16)(job, &sum, at, kind);
     }
 }
+
+/* ------------------------------------------------------------------------------------------------------------------
+   Low-rank products of native_thin.h: some rows at once, so that a number of a factor is loaded once for them. */
+
+/* Up to 16 numbers of a row of x or y, of those that `some` names. */
+INLINE __m512 LEVEL(some_of)(const void *from, int64_t at, __mmask16 some, int bf16) {
+    if (!bf16) return _mm512_maskz_loadu_ps(some, (const float *)from + at);
+    const __m256i halves = _mm256_maskz_loadu_epi16(some, (const uint16_t *)from + at);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+INLINE void LEVEL(put_some)(void *to, int64_t at, __mmask16 some, __m512 value, int bf16) {
+    if (!bf16) {
+        _mm512_mask_storeu_ps((float *)to + at, some, value);
+        return;
+    }
+    const __m512i both = LEVEL(nearest)(value, _mm512_setzero_ps());
+    _mm256_mask_storeu_epi16((uint16_t *)to + at, some, _mm512_castsi512_si256(both));
+}
+
+INLINE __mmask16 LEVEL(up_to)(int64_t left) { return (__mmask16)(left >= 16 ? 0xFFFF : (1u << left) - 1); }
+
+/* inner[r * rank + k] = x of row r with each of `columns` rows of `kept`. */
+INLINE void LEVEL(dots_of)(float *inner, const Thin *thin, int64_t row, int64_t k, int rows, int columns, int bf16) {
+    __m512 sum[FOUR][FOUR];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < columns; c++) sum[r][c] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < thin->in; i += 16) {
+        const __mmask16 some = LEVEL(up_to)(thin->in - i);
+        __m512 factor[FOUR];
+        for (int c = 0; c < columns; c++) factor[c] = _mm512_maskz_loadu_ps(some, thin->kept + (k + c) * thin->in + i);
+        for (int r = 0; r < rows; r++) {
+            const __m512 x = LEVEL(some_of)(thin->x, (row + r) * thin->in + i, some, bf16);
+            for (int c = 0; c < columns; c++) sum[r][c] = _mm512_fmadd_ps(x, factor[c], sum[r][c]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < columns; c++) inner[r * thin->rank + k + c] = _mm512_reduce_add_ps(sum[r][c]);
+}
+
+/* y of each row += its inner numbers times the rows of `fresh`. */
+INLINE void LEVEL(spread_of)(
+    const Thin *thin, int64_t row, const float *inner, const float *fresh, int rows, int64_t rank, int bf16
+) {
+    for (int64_t j = 0; j < thin->out; j += 16) {
+        const __mmask16 some = LEVEL(up_to)(thin->out - j);
+        __m512 y[FOUR];
+        for (int r = 0; r < rows; r++) y[r] = LEVEL(some_of)(thin->y, (row + r) * thin->out + j, some, bf16);
+        for (int64_t k = 0; k < rank; k++) {
+            const __m512 factor = _mm512_maskz_loadu_ps(some, fresh + k * thin->out + j);
+            for (int r = 0; r < rows; r++) y[r] = _mm512_fmadd_ps(_mm512_set1_ps(inner[r * rank + k]), factor, y[r]);
+        }
+        for (int r = 0; r < rows; r++) LEVEL(put_some)(thin->y, (row + r) * thin->out + j, some, y[r], bf16);
+    }
+}
+
+INLINE void LEVEL(some_rows)(const Thin *thin, int64_t row, float *inner, const float *fresh, int rows, int bf16) {
+    int64_t k = 0;
+    for (; k + FOUR <= thin->rank; k += FOUR) LEVEL(dots_of)(inner, thin, row, k, rows, FOUR, bf16);
+    for (; k < thin->rank; k++) LEVEL(dots_of)(inner, thin, row, k, rows, 1, bf16);
+    if (thin->rank == FOUR)
+        LEVEL(spread_of)(thin, row, inner, fresh, rows, FOUR, bf16);
+    else
+        LEVEL(spread_of)(thin, row, inner, fresh, rows, thin->rank, bf16);
+}
+
+/* As many rows from `row` on as are taken at once, of those before `last`. */
+INLINE int64_t LEVEL(rows_at_once)(const Thin *thin, int64_t row, int64_t last, float *inner, const float *fresh) {
+    const int many = last - row >= FOUR;
+    if (thin->bf16)
+        many ? LEVEL(some_rows)(thin, row, inner, fresh, FOUR, 1) : LEVEL(some_rows)(thin, row, inner, fresh, 1, 1);
+    else
+        many ? LEVEL(some_rows)(thin, row, inner, fresh, FOUR, 0) : LEVEL(some_rows)(thin, row, inner, fresh, 1, 0);
+    return many ? FOUR : 1;
+}

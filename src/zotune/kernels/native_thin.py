@@ -11,6 +11,7 @@ from zotune.kernels.workspace import workspace
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _THIN = struct.Struct("@PPPPPqqqqqqqqq")
+FOUR = 4  # rows that are taken at once, as in native.c
 LINE = 64  # numbers: rooms of two threads share no line of the cache
 
 
@@ -43,7 +44,7 @@ def add_thin(library: Any, y: Tensor, x: Tensor, kept: Tensor, fresh: Tensor) ->
             f"No thin product of {tuple(x.shape)}, {tuple(kept.shape)} and {tuple(fresh.shape)} like these."
         )
     threads = threads_for(rows * (width + out) * rank)
-    each = -(-(width + (rank + 1) * out) // LINE) * LINE
+    each = -(-(width + (rank + 1) * out + FOUR * rank) // LINE) * LINE
     room = workspace("thin", threads * each, torch.float32, y.device)
     packed = _THIN.pack(
         y.data_ptr(), x.data_ptr(), kept.data_ptr(), fresh.data_ptr(), room.data_ptr(),
