@@ -8,7 +8,7 @@ from tests.support.classification import MODELS, SHAPES, batch_of, usual_loss, u
 
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.layout import lay_out
-from zotune.tasks.packed import _fill, pack, packed_size, visible
+from zotune.tasks.packed import DEAR, _fill, _rows, pack, packed_size, visible
 from zotune.tasks.packing_trial import NEIGHBOURS, TRIAL, UNMOVED
 from zotune.tasks.scoring import OptionScorer
 
@@ -18,7 +18,7 @@ FP64 = {"rtol": 0.0, "atol": 1e-12}
 
 def test_a_tree_by_hand():
     example = Encoded([5, 6], ([9, 8, 7], [9, 3], [4], [9, 8, 1, 2]), 0)
-    layout = pack([example, Encoded([7], ([2, 2], [3]), 1)], pad_id=0)
+    layout = pack([example, Encoded([7], ([2, 2], [3]), 1)], pad_id=0, longest=5)
     # the prompt, then what options begin with in preorder: 9, 9 8, 9 8 1; no last token is fed. The second one fits nowhere
     assert layout.input_ids.tolist() == [[5, 6, 9, 8, 1], [7, 2, 0, 0, 0]]
     assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 1, 0, 0, 0]]
@@ -49,14 +49,45 @@ def test_short_examples_share_a_row_and_do_not_see_each_other():
     assert layout.query_position.tolist() == [4, 5, 2, 5]
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=20))
+def test_rows_may_be_longer_than_the_largest_example():
+    """Four of 5 and four of 6: eight rows of 6, four of 11 or 12; those of 11 are full. Nobody sees another."""
+    examples = [Encoded([1] * n, ([8], [9]), 0) for n in (5, 6) * 4]
+    layout = pack(examples, pad_id=0)
+    assert packed_size(examples) == tuple(layout.input_ids.shape) == (4, 11)
+    assert packed_size(examples, longest=10) == (8, 6)
+    assert packed_size(examples, longest=3) == (8, 6)  # for its caller to refuse
+    seen = visible(layout.ends, torch.float32)[:, 0] == 0
+    blocks = torch.block_diag(torch.ones(6, 6).tril(), torch.ones(5, 5).tril()).bool()
+    assert all(torch.equal(row, blocks) for row in seen)
+
+
+def test_long_rows_are_dear():
+    """Two rows of 257 cost 514 * (1 + 257 / DEAR), one of 514 a half more."""
+    assert _rows([DEAR + 1, DEAR + 1], 10_000) == ([[0], [1]], DEAR + 1)
+    assert _rows([20, 20], 10_000) == ([[0], [1]], 20)
+
+
+sizes_ = st.lists(st.integers(1, 30), min_size=1, max_size=20)
+
+
+@given(sizes_, st.integers(0, 60))
 @settings(max_examples=50, deadline=None)
-def test_rows_are_filled_without_overflow(sizes):
-    bins = _fill(sizes)
+def test_rows_are_filled_without_overflow(sizes, longest):
+    longest = max(longest, max(sizes))
+    bins, length = _fill(sizes, longest)
     assert sorted(number for members in bins for number in members) == list(range(len(sizes)))
     loads = [sum(sizes[number] for number in members) for members in bins]
-    assert max(loads) <= max(sizes)
-    assert sum(2 * load <= max(sizes) for load in loads) <= 1, "two half-empty rows would have been one"
+    assert max(loads) == length <= longest
+    assert sum(2 * load <= longest for load in loads) <= 1, "two half-empty rows would have been one"
+
+
+@given(sizes_, st.integers(1, 60))
+@settings(max_examples=50, deadline=None)
+def test_rows_cost_no_more_than_the_shortest(sizes, longest):
+    """Bounded, and never dearer than rows of the largest example's length."""
+    (bins, length), (shortest, least) = _rows(sizes, longest), _fill(sizes, max(sizes))
+    assert length <= max(longest, max(sizes))
+    assert len(bins) * length * (1 + length / DEAR) <= len(shortest) * least * (1 + least / DEAR)
 
 
 @pytest.mark.parametrize("name", MODELS)

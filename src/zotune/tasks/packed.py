@@ -10,6 +10,7 @@ Whether a model heeds masks and positions is tried once. It is not done where dr
 masks than a row for each option.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,13 +25,15 @@ from zotune.tasks.layout import Layout, Tokens, index_tokens
 LEAST_SAVING = 1 / 8
 """Share of the fed tokens that must be saved: attention with a mask of its own is a little slower than the plain one."""
 
+DEAR = 256
+"""Length of a row at which looking back over it costs as much as all else that is done with a token."""
 
-def pack(batch: Sequence[Encoded], pad_id: int) -> Layout:
-    """Lay a batch out in trees; a row is as long as the largest of them."""
+
+def pack(batch: Sequence[Encoded], pad_id: int, longest: float = math.inf) -> Layout:
+    """Lay a batch out in trees, in rows no longer than `longest` or than the largest tree."""
     trees = [_tree(example) for example in batch]
     sizes = [len(example.prompt_ids) + len(tree) for example, tree in zip(batch, trees, strict=True)]
-    bins = _fill(sizes)
-    length = max(sizes)
+    bins, length = _rows(sizes, longest)
     ids = torch.full((len(bins), length), pad_id)
     positions = torch.zeros((len(bins), length), dtype=torch.int64)
     ends = torch.arange(1, length + 1).repeat(len(bins), 1)  # what fills up a row sees itself only
@@ -50,10 +53,10 @@ def pack(batch: Sequence[Encoded], pad_id: int) -> Layout:
     return replace(layout, position_ids=positions, ends=ends)
 
 
-def packed_size(batch: Sequence[Encoded]) -> tuple[int, int]:
+def packed_size(batch: Sequence[Encoded], longest: float = math.inf) -> tuple[int, int]:
     """Rows and their length that `pack` would give."""
-    sizes = [len(example.prompt_ids) + len(_tree(example)) for example in batch]
-    return len(_fill(sizes)), max(sizes)
+    bins, length = _rows([len(example.prompt_ids) + len(_tree(example)) for example in batch], longest)
+    return len(bins), length
 
 
 def visible(ends: Tensor, dtype: torch.dtype) -> Tensor:
@@ -90,19 +93,26 @@ def _ends(tree: list[Tokens], base: int) -> list[int]:
     return [base + number + size for number, size in enumerate(sizes)]
 
 
-def _fill(sizes: Sequence[int]) -> list[list[int]]:
-    """Numbers of the trees in each row: the largest first, each into the first row with room for it."""
-    length = max(sizes)
+def _rows(sizes: Sequence[int], longest: float) -> tuple[list[list[int]], int]:
+    """Numbers of the trees in each row, and how long rows are: what costs least of rows up to twice as long as a tree."""
+    largest = max(sizes)
+    lengths = {largest + largest * eighths // 8 for eighths in range(9)}
+    made = [_fill(sizes, length) for length in sorted(lengths) if length in (largest, min(length, longest))]
+    return min(made, key=lambda rows: len(rows[0]) * rows[1] * (1 + rows[1] / DEAR))
+
+
+def _fill(sizes: Sequence[int], longest: int) -> tuple[list[list[int]], int]:
+    """The largest first, each into the first row with room for it; and the length of the fullest row."""
     bins: list[list[int]] = []
     room: list[int] = []
     for number in sorted(range(len(sizes)), key=lambda number: (-sizes[number], number)):
         row = next((row for row, left in enumerate(room) if left >= sizes[number]), len(bins))
         if row == len(bins):
             bins.append([])
-            room.append(length)
+            room.append(longest)
         bins[row].append(number)
         room[row] -= sizes[number]
-    return bins
+    return bins, longest - min(room)
 
 
 def _place(

@@ -130,11 +130,11 @@ class OptionScorer:
         layout = self.lay_out(batch)
         if len(layout.input_ids) == 1 or self._longest_packed == 0:
             return layout
-        rows, length = packed_size(batch)
+        rows, length = packed_size(batch, self._longest_packed)
         if length > self._longest_packed or rows * length > (1 - LEAST_SAVING) * layout.input_ids.numel():
             return layout
         # a row for each option draws other dropout masks than a prompt that is fed once
-        return layout if dropout_is_on(self.model) else pack(batch, self.pad_id)
+        return layout if dropout_is_on(self.model) else pack(batch, self.pad_id, self._longest_packed)
 
     def lay_out(self, batch: Sequence[Encoded]) -> Layout:
         """Lay out a batch that the model can read, in rows."""
