@@ -191,6 +191,22 @@ def _looked(weights, points, closure):
     return engine
 
 
+@pytest.mark.parametrize("way", [lambda hidden: 2 * hidden[:, -1], lambda hidden: hidden[:, -1] + 2.0**-30])
+def test_what_is_no_row_of_the_answer_goes_alone_from_the_first_wave_on(way, spied):
+    weights, model, ids = asked()
+
+    def closure():
+        return model.lm_head(way(model.model(input_ids=ids).last_hidden_state)).square().mean()
+
+    points = POINTS["pair"](weights)
+    expected = losses(InPlace(weights), points, closure, waves=1)
+    engine = Batched(weights)
+    engine.compares = False
+    for _ in range(3):
+        assert losses(engine, points, closure, waves=1) == pytest.approx(expected, rel=1e-12)
+    assert not spied
+
+
 def test_a_surprise_is_the_last_one(spied):
     weights, model, ids = asked()
     turns = iter(range(1000))

@@ -227,6 +227,10 @@ def test_parts_in_any_order(dtype):
     """Rows, runs from the front, runs from elsewhere, the whole: each is read as if the update had been written."""
 
     def read(weights, slot, point, part):
+        if part == "pair":
+            outs = tuple(torch.empty(2, *slot.site.shape, dtype=dtype).unbind())
+            weights.perturb_many(slot, slot.site, (point, -point), outs)
+            return torch.stack(outs)
         out = torch.empty(part.numel, dtype=dtype)
         weights.perturb(slot, part, point, out)
         return out
@@ -242,11 +246,14 @@ def test_parts_in_any_order(dtype):
         "rest": site.part(83, 127),
         "behind": site.part(100, 20),
         "whole": site,
+        "pair": "pair",
     }
     for order in [
         *permutations(["rows", "first", "next", "behind"]),
         ["first", "next", "rest", "rows"],
         ["whole", "rows"],
+        ["first", "pair"],
+        ["pair", "first"],
     ]:
         results = []
         for when in (False, True):

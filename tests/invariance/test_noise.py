@@ -241,6 +241,24 @@ def test_row_numbers_drawn_ahead_give_the_same_noise(reference, monkeypatch, kin
     assert ask("third", sites[::-1]) == 4  # nothing is known to come after "d"; then the others are new on the way
     assert ask("fourth", [sites[2], sites[2], sites[0], sites[1], sites[3]]) <= 3
     assert ask("first", sites) == ask("third", sites) == 0  # kept
+    recent = row_numbers()
+    assert recent.bytes == sum(kept.nbytes for kept in recent.kept.values())
+    assert all(kept.untyped_storage().nbytes() == kept.nbytes for kept in recent.kept.values())  # none holds others'
+
+
+def test_parts_that_are_drawn_ahead(reference):
+    """Runs that begin inside a site, and rows between them."""
+    site, small = Site("w", (100, 70)), Site("v", (9,))
+    parts = [site.part(0, 1000), small, site.part(3000, 2000), site.part(5000, 2000), site.part(1030, 500)]
+    expected = {purpose: anew(noise("normal", purpose), site).view(-1) for purpose in "abc"}
+    local.__dict__.clear()
+    for purpose in "abc":
+        for part in parts:
+            made = noise("normal", purpose).realise(part).view(-1)
+            if part is not small:
+                assert torch.equal(made, expected[purpose][part.start : part.start + part.count])
+        rows = site.take(torch.tensor([3, 99]))
+        assert torch.equal(noise("normal", purpose).realise(rows), expected[purpose].view(100, 70)[[3, 99]].view(-1))
 
 
 def test_row_numbers_are_drawn_ahead_up_to_a_bound(reference, monkeypatch):

@@ -100,8 +100,8 @@ class Served:
 
     @property
     def shared(self) -> Shared | None:
-        """What the present point's closure has got its share of."""
-        if self._answer is None or not self._called:
+        """What the present point's closure gets its share of."""
+        if self._answer is None:
             return None
         points = self._points[self._first : self._last]
         return Shared(points, self._now - self._first, [x for x in self._answer.leaves if isinstance(x, Tensor)])
