@@ -213,9 +213,9 @@ def test_low_rank_points_as_matrices(name, points, matrices, monkeypatch):
     made, filled = POINTS[points](weights), []
     right = CopiedLinear._displaced
     monkeypatch.setattr(CopiedLinear, "_displaced", lambda self, *a: filled.append(1) or right(self, *a))
-    assert answers(Batched(weights), made, closure) == pytest.approx(
-        answers(InPlace(weights), made, closure, waves=1), rel=1e-12
-    )
+    engine = Batched(weights)
+    assert answers(engine, made, closure) == pytest.approx(answers(InPlace(weights), made, closure, waves=1), rel=1e-12)
+    assert "in one forward" in engine.reason, engine.reason
     assert filled or "noise" in points or "dense" in points or "some" in points or "shape" in points
 
 
@@ -226,10 +226,11 @@ def test_matrices_in_low_precision(name, points, dtype, matrices):
     """As in place, which rounds the same sums once; there from factors of 24 bits, here of the dtype's: 32 units, as above."""
     _, named, closure = make(name, dtype)
     weights = Weights(named)
-    made = POINTS[points](weights)
-    assert answers(Batched(weights), made, closure) == pytest.approx(
+    made, engine = POINTS[points](weights), Batched(weights)
+    assert answers(engine, made, closure) == pytest.approx(
         answers(InPlace(weights), made, closure, waves=1), rel=32 * torch.finfo(dtype).eps
     )
+    assert "in one forward" in engine.reason, engine.reason
 
 
 def test_many_rows_are_multiplied_by_matrices_and_few_by_factors(monkeypatch):

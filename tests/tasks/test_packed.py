@@ -65,6 +65,9 @@ def test_long_rows_are_dear():
     """Two rows of 257 cost 514 * (1 + 257 / DEAR), one of 514 a half more."""
     assert _rows([DEAR + 1, DEAR + 1], 10_000) == ([[0], [1]], DEAR + 1)
     assert _rows([20, 20], 10_000) == ([[0], [1]], 20)
+    # three rows of the largest, or two a third longer, one of which is full: a ninth fewer slots
+    assert _rows([30, 30, 10], 10_000) == ([[0, 2], [1]], 40)
+    assert _rows([300, 300, 100], 10_000) == ([[0], [1], [2]], 300)
 
 
 sizes_ = st.lists(st.integers(1, 30), min_size=1, max_size=20)
