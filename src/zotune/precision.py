@@ -49,7 +49,7 @@ def choose_precision(name: str, device: torch.device) -> Precision:
         device: where the model runs.
 
     On a CPU with bf16 products, bf16 forwards of SmolLM2-135M take about a third of the time of fp32 ones at 16 x 64
-    tokens (docs/speed.json). With fp32 weights under autocast the projected gradient at eps 1e-3 is off by about a third
+    tokens (docs/speed_16x64.json). With fp32 weights under autocast the projected gradient at eps 1e-3 is off by about a third
     of its size, less than half of what bf16 weights make of it (docs/rounding.json).
     """
     if name == "autocast":
