@@ -166,7 +166,9 @@ def main() -> None:
     print(f"{'shape':7} {'dtype':5} {'candidate':40} {'ms':>9} {'ratio':>7}  range")
     for dtype, shape in product(arguments.dtypes, arguments.shapes):
         model = load(arguments.model, DTYPES[dtype], arguments.device)
-        measured = columns(model, SHAPES[shape], arguments.loss, arguments.only).measure(arguments.rounds, arguments.before)
+        measured = columns(model, SHAPES[shape], arguments.loss, arguments.only).measure(
+            arguments.rounds, arguments.before
+        )
         for name, c in measured.items():
             print(
                 f"{shape:7} {dtype:5} {name:40} {c['ms']:9.1f} {c['ratio']:7.2f}  {c['low']:.2f} .. {c['high']:.2f}",

@@ -4,7 +4,6 @@ Directions of table noise are drawn, added and rounded by the kernels in one pas
 added to full-precision values a chunk at a time, which gives the same bits.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
@@ -14,6 +13,7 @@ from torch.nn import Parameter
 
 from zotune.core.direction import Direction, table_terms
 from zotune.core.errors import ConfigError, ParameterError
+from zotune.core.grouping import Draws
 from zotune.core.noise import CHUNK, run_of
 from zotune.core.site import Site
 from zotune.core.storage import LOW_PRECISION, STORAGES, Carried, Exact, Slot, Stochastic, select
@@ -25,7 +25,6 @@ from zotune.kernels.prepared import Prepared
 __all__ = ["LOW_PRECISION", "STORAGES", "Carried", "Change", "Slot", "Stochastic", "Weights"]
 
 Change = Callable[[Tensor, Site], None]  # changes full-precision values of a part of a site in place
-Grouped = tuple[list[tuple[tuple[Term, ...], list[tuple[int, float]]]], list[int]]
 PLAIN_MEMORY = (Tensor, Parameter)  # subclasses may keep their numbers elsewhere
 
 
@@ -47,7 +46,7 @@ class Weights:
             raise ParameterError("Two names hash to the same 64 bits; rename one of the tensors.")
         _refuse_shared_memory(self.slots.values())
         self.by_tensor = {id(slot.tensor): slot for slot in self.slots.values()}
-        self._draws = _Draws()
+        self._draws = Draws()
         self._begun: Slot | None = None  # a tensor that is being read in pieces, which get its late update
 
     def __iter__(self) -> Iterator[Slot]:
@@ -256,66 +255,3 @@ def _refuse_shared_memory(slots: Iterable[Slot]) -> None:
 
 def _values(slot: Slot, part: Site) -> Tensor:
     return workspace("values", part.numel, torch.float32, slot.tensor.device)
-
-
-class _Draws:
-    """How points are written with as few draws as can be. Asked the same for tensor after tensor: the answer is kept."""
-
-    def __init__(self) -> None:
-        self._points: Sequence[Direction] = ()
-        self._answer: Grouped = ([], [])
-
-    def of(self, points: Sequence[Direction], part: Site) -> Grouped:
-        """Draws: terms, and which points are these terms with which sign. And the points that are not of table noise."""
-        if points is self._points:
-            return self._answer
-        made = _grouped(points, part)
-        if isinstance(points, tuple) and all(point.uniform for point in points):
-            self._points, self._answer = points, made
-        return made
-
-
-def _grouped(points: Sequence[Direction], part: Site) -> Grouped:
-    drawn = [table_terms(point, part) for point in points]
-    waiting = [k for k, terms in enumerate(drawn) if terms]
-    draws = []
-    while waiting:  # those that are one draw, with either sign, are written together
-        first = drawn[waiting[0]] or ()
-        signs = [(k, _opposite(drawn[k] or (), first)) for k in waiting]
-        draws.append((first, [(k, sign) for k, sign in signs if sign is not None]))
-        waiting = [k for k, sign in signs if sign is None]
-    return draws, [k for k, terms in enumerate(drawn) if not terms]
-
-
-def _opposite(terms: tuple[Term, ...], first: tuple[Term, ...]) -> float | None:
-    """1.0 if these terms are the first ones, -1.0 if they are its one term with the other sign, None otherwise."""
-    if terms is first:
-        return 1.0
-    if len(terms) != len(first):
-        return None
-    same = True
-    for a, b in zip(terms, first, strict=True):
-        if a.key != b.key or a.book != b.book:
-            return None
-        same = same and _same_number(a.scale, b.scale)
-    if same:
-        return 1.0
-    # A sum of several that cancels is +0.0 for both signs, so a pair of such sums is not a sum and its negative.
-    return -1.0 if len(terms) == 1 and _negative(terms[0].scale, first[0].scale) else None
-
-
-def _same_number(one: float | Tensor, other: float | Tensor) -> bool:
-    """0.0 is not -0.0 here. What lies on a GPU is not read: the same object is the same number."""
-    if one is other:
-        return True
-    if _unread(one) or _unread(other):
-        return False
-    return float(one) == float(other) and math.copysign(1.0, one) == math.copysign(1.0, other)
-
-
-def _negative(one: float | Tensor, other: float | Tensor) -> bool:
-    return not (_unread(one) or _unread(other)) and float(one) == -float(other)
-
-
-def _unread(scale: float | Tensor) -> bool:
-    return isinstance(scale, Tensor) and scale.device.type != "cpu"

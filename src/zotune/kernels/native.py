@@ -43,7 +43,7 @@ from zotune.kernels.prepared import Prepared
 from zotune.kernels.reference import ReferenceBackend
 from zotune.kernels.workspace import workspace
 
-ABI = 4  # what `zotune_abi` of native.c must say
+ABI = 5  # what `zotune_abi` of native.c must say
 
 
 class MissingError(Exception):
