@@ -3,9 +3,10 @@
 A closure returns one number, so copies cannot be told apart behind the loss. Therefore the *body* of the model (see
 `engines.batched_look`) is recorded and served: the closure is called once for each point, as always; when it first calls
 the body, the body runs for several points together, and the closure gets the first point's share of what comes out; the
-closure's next calls get the other shares, if they ask the body the same. What lies behind the body (output layer, loss)
-runs once per point, layer by layer. Attention, norms and activations are shared by the copies; a pair's matrices are made
-from one draw of noise; low-rank points need no perturbed matrix at all, neither in the body nor behind it.
+closure's next calls get the other shares, if they ask the body the same. What lies behind the body runs once per point,
+layer by layer; large output layers for all points at once, if few rows are asked for (`engines.batched_ahead`). Attention,
+norms and activations are shared by the copies; a pair's matrices are made from one draw of noise; low-rank points of not
+too many rows need no perturbed matrix at all.
 
 Where this cannot be done, the wave or the call is answered layer by layer, and `reason` says why. "auto" also chooses by
 size: many tokens fill the machine as they are, and copies would only hold more activations.
@@ -53,7 +54,7 @@ class Batched(Layerwise):
         self._sides: dict[int, ThinProducts] = {}  # of low-rank points behind the body, by module
         self._examples = ExampleRows(self, self.by_size)
         self._ahead = AheadOfTime(weights)
-        self._thin_forms = False  # inside a wave whose low-rank points are evaluated on activations
+        self._own_forwards = False  # inside a wave in which layers behind the body have forwards of their own
 
     # ------------------------------------------------------------------------------------------------------------------
     # Answering
@@ -81,8 +82,7 @@ class Batched(Layerwise):
         if self.served is None or self.served.broken:
             return super()._wave(points, closure, seed)
         served, answers = self.served, []
-        self._ahead.forget()
-        with served.serving(points), self._low_rank_on_activations():
+        with served.serving(points), self._behind_the_body():
             for number, point in enumerate(points):
                 served.turn(number)
                 answers += super()._wave([point], closure, seed)
@@ -159,19 +159,20 @@ class Batched(Layerwise):
                 self._hooks = self._register(self._enter)
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Low-rank points behind the body
+    # Output layers behind the body
 
     @contextmanager
-    def _low_rank_on_activations(self) -> Iterator[None]:
-        self._thin_forms = True
+    def _behind_the_body(self) -> Iterator[None]:
+        self._own_forwards = True
         try:
             yield
         finally:
-            self._thin_forms = False
+            self._own_forwards = False
+            self._ahead.forget()
 
     def _install_forms(self) -> None:
         super()._install_forms()
-        if not self._thin_forms or self.served is None:
+        if not self._own_forwards or self.served is None:
             return
         inside = {id(module) for module in self.served.body.inside}
         for module, slot in self._owned.values():
