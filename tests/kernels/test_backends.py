@@ -258,12 +258,29 @@ def test_threads_share_tensors_of_different_sizes(native, threads, sizes):
 def test_one_call_for_what_moves_along_the_same_terms(native, monkeypatch):
     calls = []
     monkeypatch.setattr(native, "_update_many", lambda job, places, count, threads: calls.append((count, threads)))
-    terms, other = (Term((1, 2), "normal", 0.1),), (Term((1, 2), "normal", 0.1),)
+    terms, equal, other = ((Term((1, 2), "normal", scale),) for scale in (0.0, 0.0, -0.0))
     torch.set_num_threads(2)
     native.update_many([Addition(torch.zeros(40_000), None, k, terms) for k in range(5)])
     assert calls == [(5, 2)]  # 200,000 elements are worth a second thread, 40,000 are not
-    native.update_many([Addition(torch.zeros(10), None, k, t) for k, t in enumerate((terms, other))])
-    assert calls[1:] == [(1, 1), (1, 1)]
+    native.update_many([Addition(torch.zeros(10), None, k, t) for k, t in enumerate((terms, other, equal))])
+    assert calls[1:] == [(2, 1), (1, 1)]
+
+
+def test_one_buffer_for_all_lengths_of_a_role():
+    """The same tensor for the same question, and no second buffer when a longer one was asked for in between."""
+    from zotune.kernels.workspace import _local, workspace
+
+    def ask(count, role="test"):
+        return workspace(role, count, torch.float32, torch.device("cpu"))
+
+    short, long = ask(10), ask(1000)
+    assert ask(1000) is long
+    assert ask(10) is not short
+    assert ask(10).data_ptr() == long.data_ptr() != ask(10, "another").data_ptr()
+    for count in range(1, 1000):
+        ask(count)
+    assert len(_local.held) <= 256
+    assert ask(999).data_ptr() == long.data_ptr()
 
 
 def test_terms_are_packed_anew_when_they_may_have_changed(native):
