@@ -23,7 +23,7 @@ from zotune.engines.swapping import IN_CACHE
 from zotune.kernels.workspace import workspace
 
 PROBE = 8  # numbers of a row by which it is looked up
-FEW = 16  # outputs ahead may take a part of this of the layer's own matrix
+FEW = 16  # the outputs of all points may be this part of the layer's own matrix: a sixteenth
 
 
 @dataclass
@@ -43,7 +43,7 @@ class AheadOfTime:
         self._sides: dict[int, ThinProducts] = {}  # by layer
 
     def forget(self) -> None:
-        """A new wave."""
+        """The wave is over."""
         self._made = []
 
     def output(self, layer: nn.Linear, slot: Slot, x: Tensor, shared: Shared | None) -> Tensor | None:

@@ -21,9 +21,8 @@ from zotune.engines.batched_modules import AT_ONCE, SHARED, Copied, Wave
 from zotune.engines.batched_sheets import FreshProducts, Side
 from zotune.engines.forms import occurring
 
-MATRIX = (
-    3  # what a number of a matrix costs, in numbers that thin products read or write: measured at 250 to 1,000 rows
-)
+# What a number of a matrix costs, in numbers that thin products read or write: measured with 250 to 1,000 rows a copy.
+MATRIX = 3
 # (copies, (copies, *shape), each of these): makes the matrices of some copies
 Write = Callable[[range, Tensor, tuple[Tensor, ...]], None]
 
