@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor
@@ -55,6 +56,10 @@ class Direction(ABC):
         """
         return ((scale, self),) if self.touches(site) else ()
 
+    def term(self, site: Site, scale: Scalar) -> Term | None:
+        """What the kernels add in one pass instead of `scale` times this leaf, the same bits; None if they cannot."""
+        return None
+
     def realise(self, site: Site, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
         """The direction on one site as a tensor, shaped like the part of the site that is meant."""
         out = torch.zeros(site.numel, dtype=dtype, device=device)
@@ -99,6 +104,10 @@ class Noise(Direction):
         """See `Direction.add_to`."""
         add_noise(out, site, self.source, self.kind, scale)
 
+    def term(self, site: Site, scale: Scalar) -> Term | None:
+        """See `Direction.term`."""
+        return Term(self.source.key, self.kind, scale) if self.kind in TABLE_KINDS else None
+
 
 @dataclass(frozen=True, eq=False)
 class Scaled(Direction):
@@ -137,6 +146,10 @@ class Stored(Direction):
         values = whole.reshape(-1)[site.start : site.start + site.count] if site.rows is None else whole[site.rows]
         out.add_((values.to(out.dtype) * scale).view(out.shape))
 
+    def term(self, site: Site, scale: Scalar) -> Term | None:
+        """See `Direction.term`."""
+        return given(self.tensors[site.name], site, scale)
+
     def touches(self, site: Site) -> bool:
         """False for sites that have no tensor."""
         return site.name in self.tensors
@@ -158,7 +171,7 @@ class Combination(Direction):
         terms = [(scale * coefficient, inner) for coefficient, inner in self.terms if inner.touches(site)]
         if len(terms) == 1:
             terms[0][1].add_to(out, site, terms[0][0])
-        elif terms and out.is_contiguous() and (table := table_terms(self, site, scale)):
+        elif terms and out.is_contiguous() and (table := table_terms(self, site, out.device, scale)):
             backend_for(out.device).add(out.view(-1), run_of(site, out.device), table)
         elif terms and (site.rows is not None or not out.is_contiguous()):
             out.add_(_sum(terms, site, out).view(out.shape))
@@ -199,28 +212,34 @@ class Combination(Direction):
 HERE = Combination()  # the point that means the current weights
 
 
-def table_terms(direction: Direction, site: Site, scale: Scalar = 1.0) -> tuple[Term, ...] | None:
-    """The direction on a site as the kernels add it in one pass; None unless it is a flat sum of table noise alone.
+def table_terms(direction: Direction, site: Site, device: torch.device, scale: Scalar = 1.0) -> tuple[Term, ...] | None:
+    """The direction on a site as the device's kernels add it in one pass; None unless it is a flat sum of what they take.
 
     Adding these terms is the same as `direction.add_to(out, site, scale)`, bit for bit; () where it is zero.
     """
     if not (isinstance(direction, Combination) and direction.uniform and isinstance(scale, float) and scale == 1.0):
-        return _as_terms(direction.leaves(site, scale))
+        return _as_terms(direction.leaves(site, scale), site, device)
     kept: dict[str, tuple[Term, ...] | None] = vars(direction)  # where its cached properties are, too
-    if "terms_anywhere" not in kept:
-        kept["terms_anywhere"] = _as_terms(direction.leaves(site))
+    if "terms_anywhere" not in kept:  # noise alone, which all kernels take
+        kept["terms_anywhere"] = _as_terms(direction.leaves(site), site, device)
     return kept["terms_anywhere"]
 
 
-def _as_terms(leaves: Leaves | None) -> tuple[Term, ...] | None:
+def given(tensor: Tensor, site: Site, scale: Scalar) -> Term | None:
+    """`scale` times the numbers of a tensor that lie as those of the whole site; None if they lie otherwise."""
+    whole = tensor.numel() == prod(site.shape) and tensor.is_contiguous() and not tensor.requires_grad
+    return Term.given(tensor.view(-1), scale) if whole else None
+
+
+def _as_terms(leaves: Leaves | None, site: Site, device: torch.device) -> tuple[Term, ...] | None:
     if leaves is None:
         return None
     terms = []
     for coefficient, leaf in leaves:
-        if type(leaf) is not Noise or leaf.kind not in TABLE_KINDS:
+        if (term := leaf.term(site, coefficient)) is None:
             return None
-        terms.append(Term(leaf.source.key, leaf.kind, coefficient))
-    return tuple(terms)
+        terms.append(term)
+    return tuple(terms) if backend_for(device).takes(terms) else None
 
 
 def _sum(terms: list[tuple[Scalar, Direction]], site: Site, like: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from zotune.core.direction import Direction, table_terms
@@ -19,18 +20,18 @@ class Draws:
         self._points: Sequence[Direction] = ()
         self._answer: Grouped = ([], [])
 
-    def of(self, points: Sequence[Direction], part: Site) -> Grouped:
-        """Draws: terms, and which points are these terms with which sign. And the points that are not of table noise."""
+    def of(self, points: Sequence[Direction], part: Site, device: torch.device) -> Grouped:
+        """Draws: terms, and which points are these terms with which sign. And the points that the kernels do not take."""
         if points is self._points:
             return self._answer
-        made = _grouped(points, part)
+        made = _grouped(points, part, device)
         if isinstance(points, tuple) and all(point.uniform for point in points):
             self._points, self._answer = points, made
         return made
 
 
-def _grouped(points: Sequence[Direction], part: Site) -> Grouped:
-    drawn = [table_terms(point, part) for point in points]
+def _grouped(points: Sequence[Direction], part: Site, device: torch.device) -> Grouped:
+    drawn = [table_terms(point, part, device) for point in points]
     waiting = [k for k, terms in enumerate(drawn) if terms]
     draws = []
     while waiting:  # those that are one draw, with either sign, are written together
@@ -49,13 +50,19 @@ def _opposite(terms: tuple[Term, ...], first: tuple[Term, ...]) -> float | None:
         return None
     same = True
     for a, b in zip(terms, first, strict=True):
-        if a.key != b.key or a.book != b.book:
+        if a.key != b.key or a.book != b.book or a.mask != b.mask or not _same_memory(a.numbers, b.numbers):
             return None
         same = same and _same_number(a.scale, b.scale)
     if same:
         return 1.0
     # A sum of several that cancels is +0.0 for both signs, so a pair of such sums is not a sum and its negative.
     return -1.0 if len(terms) == 1 and _negative(terms[0].scale, first[0].scale) else None
+
+
+def _same_memory(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.data_ptr() == other.data_ptr() and one.dtype == other.dtype  # both are all of a site's numbers
 
 
 def _same_number(one: float | Tensor, other: float | Tensor) -> bool:

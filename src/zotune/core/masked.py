@@ -2,15 +2,16 @@
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from zotune.core.direction import Direction, Scalar
-from zotune.core.noise import CHUNK, LANES, Stream, lanes
+from zotune.core.noise import CHUNK, Stream, lanes
 from zotune.core.site import Site
+from zotune.kernels.contract import LANES, Mask, Term
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,17 @@ class Masked(Direction):
     def touches(self, site: Site) -> bool:
         """False where the density is 0."""
         return self._limit(site) > 0 and self.inner.touches(site)
+
+    def term(self, site: Site, scale: Scalar) -> Term | None:
+        """See `Direction.term`: of a single kind of noise."""
+        leaves, limit = self.inner.leaves(site, scale), self._limit(site)
+        if leaves is None or len(leaves) != 1:
+            return None
+        (coefficient, leaf), *_ = leaves
+        term = leaf.term(site, coefficient)
+        if term is None or limit == LANES:
+            return term
+        return replace(term, mask=Mask(self.source.key, limit)) if term.drawn else None
 
     def _limit(self, site: Site) -> int:
         return round(self.densities.get(site.name, self.otherwise) * LANES)

@@ -49,9 +49,6 @@ def uniform(source: Stream, low: float, high: float) -> float:
     return low + (high - low) * ((a >> 5) * 2**26 + (b >> 6)) / 2**53
 
 
-LANES = 1 << 16  # values of a lane
-
-
 def lanes(source: Stream, site: Site, device: torch.device) -> Tensor:
     """16 random bits for each element that `site` means: (site.numel,) int64 in [0, LANES). A block has 8 lanes."""
     if site.rows is None:

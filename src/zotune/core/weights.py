@@ -68,7 +68,7 @@ class Weights:
 
     def perturb(self, slot: Slot, part: Site, point: Direction, out: Tensor) -> None:
         """out = round(value + point) for a part of a site; `out` may be the stored tensor itself."""
-        terms = table_terms(point, part) if _dense(slot, part, [out]) else None
+        terms = table_terms(point, part, slot.tensor.device) if _dense(slot, part, [out]) else None
         if terms:
             self._in_one_pass(slot, part, terms, [(out, 1.0)])
             return
@@ -89,14 +89,14 @@ class Weights:
         """outs[k] = round(value + points[k]), the same bits as `perturb` of each; none of them is the stored tensor."""
         rest: Sequence[int] = range(len(points))
         if part is slot.site and (prepared := _prepared(slot, outs)) is not None:
-            draws, rest = self._draws.of(points, part)
+            draws, rest = self._draws.of(points, part, slot.tensor.device)
             if slot.reached:
                 self.settle([slot])
             for terms, signs in draws:
                 late, slot.late = slot.late, ()
                 prepared(terms, signs, late)
         elif _dense(slot, part, outs):
-            draws, rest = self._draws.of(points, part)
+            draws, rest = self._draws.of(points, part, slot.tensor.device)
             for terms, signs in draws:
                 self._in_one_pass(slot, part, terms, [(outs[k], sign) for k, sign in signs])
         for k in rest:
@@ -114,7 +114,7 @@ class Weights:
         for slot, change, along in moves:
             if (addition := _as_addition(slot, along)) is None:
                 self.update(slot, change)
-            elif late:
+            elif late and all(term.numbers is None for term in addition.terms):  # a learned vector may move before then
                 slot.late = tuple(addition.terms)
             else:
                 together.setdefault(slot.tensor.device, []).append(addition)
@@ -195,7 +195,7 @@ def _as_addition(slot: Slot, along: Direction | None) -> Addition | None:
     """What the kernels need to know to add a direction; None if they cannot."""
     if along is None or not isinstance(slot.storage, (Carried, Exact)) or not _dense(slot, slot.site, []):
         return None
-    terms = table_terms(along, slot.site)
+    terms = table_terms(along, slot.site, slot.tensor.device)
     return _addition(slot, terms) if terms else None
 
 

@@ -19,12 +19,32 @@ from zotune.kernels.philox import Words
 
 
 @dataclass(frozen=True)
+class Mask:
+    """Which elements of a site are kept: those whose 16 random bits are below `limit`; the product is -0.0 on the others."""
+
+    key: Words  # of the stream of the bits
+    limit: int  # of LANES, above 0
+
+
+@dataclass(frozen=True)
 class Term:
-    """scale * z of one stream."""
+    """scale * z of one stream, or scale * the numbers of a tensor."""
 
     key: Words  # of the stream
-    book: str  # "normal" or "rademacher"
+    book: str  # "normal", "rademacher" or "given"
     scale: float | Tensor  # a number, or a 0-d tensor, which is not read on the host if it lies on a GPU
+    mask: Mask | None = None
+    numbers: Tensor | None = None  # of "given": flat, one for each element of the whole site, in any precision
+
+    @classmethod
+    def given(cls, numbers: Tensor, scale: float | Tensor) -> "Term":
+        """scale * numbers, which may change between calls but stay where they are."""
+        return cls((0, 0), "given", scale, None, numbers)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether it is noise and nothing else, which every back end makes."""
+        return self.mask is None and self.numbers is None
 
 
 @dataclass(frozen=True)
@@ -37,6 +57,8 @@ class Run:
     rows: Tensor | None = None  # (k,) int64
     width: int = 0
 
+
+LANES = 1 << 16  # values of an element's random bits in a mask
 
 Update = Callable[[Tensor, Tensor | None, Run, Sequence[Term]], None]  # `Backend.update`
 
@@ -66,6 +88,10 @@ class Backend(Protocol):
     """One implementation. Tensors are flat and contiguous, on one device."""
 
     name: str
+
+    def takes(self, terms: Sequence[Term]) -> bool:
+        """Whether such terms may be given to it: all back ends take noise."""
+        ...
 
     def add(self, out: Tensor, run: Run, terms: Sequence[Term]) -> None:
         """out += sum of terms; fp32 or fp64."""

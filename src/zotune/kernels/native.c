@@ -14,6 +14,7 @@
 #define BLOCK 512       /* elements of a Philox block: 8 rows of numbers; a block of signs is a quarter of that */
 #define TILE 4096       /* elements whose words are drawn at once */
 #define COUNTERS 8      /* counters that go through Philox together */
+#define MASK_COUNTERS 32 /* and for masks, which need many */
 #define WORDS (TILE / 32) /* random words of a tile: one bit for each sign; numbers need a quarter */
 #define MOST_TERMS 256
 #define LANES 16        /* partial sums of a dot product */
@@ -22,13 +23,15 @@ typedef float Lanes __attribute__((vector_size(4 * LANES)));
 #define INLINE static inline __attribute__((always_inline))
 #define RESTRICT __restrict__
 
-enum { NUMBERS, SIGNS };                          /* books */
+enum { NUMBERS, SIGNS, GIVEN_FP32, GIVEN_FP64, GIVEN_BF16 }; /* books; the last three: numbers of a tensor */
 enum { FP32, FP64, BF16, BF16_CARRIED, BF16_SPLIT }; /* what is read and written; the last writes `carried` too */
 
 typedef struct {
     uint32_t key[2];
-    int32_t book, unused;
+    int32_t book, limit;    /* limit above 0: elements whose 16 random bits are not below it are left out */
     double scale;
+    uint32_t mask[2];       /* key of those bits */
+    const void *numbers;    /* of the whole site, or NULL */
 } Term;
 
 typedef struct {
@@ -71,6 +74,12 @@ typedef struct {
     int64_t bf16, turned;
 } Thin;
 
+/* What a tile needs of one term. */
+typedef struct {
+    uint32_t words[WORDS];
+    uint64_t kept[TILE / ROW]; /* a bit for each element, where there is a mask */
+} Drawn;
+
 static const uint32_t BIT[32] = {1u << 0,  1u << 1,  1u << 2,  1u << 3,  1u << 4,  1u << 5,  1u << 6,  1u << 7,
                                  1u << 8,  1u << 9,  1u << 10, 1u << 11, 1u << 12, 1u << 13, 1u << 14, 1u << 15,
                                  1u << 16, 1u << 17, 1u << 18, 1u << 19, 1u << 20, 1u << 21, 1u << 22, 1u << 23,
@@ -97,6 +106,9 @@ INLINE uint16_t nearest_bf16(float value) {
     const uint32_t bits = bits_of(value), rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
     return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
+
+/* Whether it is one term, of numbers that are drawn and all kept. */
+INLINE int only_numbers(const Job *job) { return job->terms == 1 && job->term->book == NUMBERS && !job->term->limit; }
 
 #include "native_levels.h"
 static int level = 0; /* `zotune_level` chooses */
@@ -254,4 +266,4 @@ int zotune_team(int threads) {
 }
 
 /* Raised with every change of Job, Term or of what a function means: native.py refuses any other. */
-int zotune_abi(void) { return 5; }
+int zotune_abi(void) { return 6; }

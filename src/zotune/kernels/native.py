@@ -25,7 +25,9 @@ from zotune.kernels.native_packing import (
     BF16_CARRIED,
     BF16_SPLIT,
     EXACT,
+    GIVEN,
     JOB,
+    MOST_TERMS,
     OUT,
     PLACE,
     ROOM,
@@ -43,7 +45,7 @@ from zotune.kernels.prepared import Prepared
 from zotune.kernels.reference import ReferenceBackend
 from zotune.kernels.workspace import workspace
 
-ABI = 5  # what `zotune_abi` of native.c must say
+ABI = 6  # what `zotune_abi` of native.c must say
 
 
 class MissingError(Exception):
@@ -117,6 +119,10 @@ class NativeBackend(Composed):
     def team(self, threads: int) -> int:
         """Threads that a call gets if it asks for so many."""
         return int(self._library.zotune_team(threads))
+
+    def takes(self, terms: Sequence[Term]) -> bool:
+        """See `Backend.takes`: masks, and numbers of tensors in memory."""
+        return all(term.drawn for term in terms) or (len(terms) <= MOST_TERMS and all(map(_addressed, terms)))
 
     def sums(self, like: Tensor, run: Run, terms: Sequence[Term]) -> Sums:
         """See `Composed.sums`."""
@@ -241,3 +247,9 @@ class NativeBackend(Composed):
             if kind == BF16_SPLIT and carried is not None:
                 changed.append(carried)
             written(changed)
+
+
+def _addressed(term: Term) -> bool:
+    """Whether what a term is made of can be read at an address."""
+    n = term.numbers
+    return n is None or (n.dtype in GIVEN and n.is_cpu and n.is_contiguous() and type(n) is Tensor)

@@ -11,19 +11,45 @@ INLINE __m512 LEVEL(flipped)(__m512 x, uint64_t flips, int part) {
     return _mm512_castsi512_ps(_mm512_mask_xor_epi32(bits, (__mmask16)(flips >> 16 * part), bits, sign));
 }
 
+/* A bit for each element of a row that a mask keeps: its 16 random bits are below the limit. */
+INLINE uint64_t LEVEL(kept)(const uint32_t *words, uint32_t limit) {
+    const __m512i most = _mm512_set1_epi16((short)limit);
+    const uint64_t high = _mm512_cmplt_epu16_mask(_mm512_loadu_si512(words + 16), most);
+    return high << 32 | _mm512_cmplt_epu16_mask(_mm512_loadu_si512(words), most);
+}
+
+/* 16 of the numbers of a tensor, from `from` on. */
+INLINE __m512 LEVEL(given)(const Term *term, int64_t from) {
+    if (term->book == GIVEN_FP32) return _mm512_loadu_ps((const float *)term->numbers + from);
+    if (term->book == GIVEN_BF16) {
+        const __m256i halves = _mm256_loadu_si256((const __m256i *)((const uint16_t *)term->numbers + from));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+    const double *wide = (const double *)term->numbers + from;
+    const __m256 low = _mm512_cvtpd_ps(_mm512_loadu_pd(wide)), high = _mm512_cvtpd_ps(_mm512_loadu_pd(wide + 8));
+    return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+}
+
 /* The terms of one row, as sum_float of native_loops.h. */
-INLINE LEVEL(Row) LEVEL(summed)(const Job *job, const uint32_t (*words)[WORDS], int row, int one) {
+INLINE LEVEL(Row) LEVEL(summed)(const Job *job, const Drawn *drawn, int row, int64_t tile, int one) {
     LEVEL(Row) sum = {{_mm512_setzero_ps()}};
-    for (int t = 0; t < (one ? 1 : job->terms); t++) {
-        const int numbers = one || job->term[t].book == NUMBERS;
-        const uint32_t name = words[t][row >> 1] >> (16 * (row & 1)) & 0xFFF;
+    for (int t = 0; t < (one ? 1 : job->terms); t++, drawn++) {
+        const Term *own = job->term + t;
+        const int numbers = one || own->book == NUMBERS;
+        const uint32_t name = drawn->words[row >> 1] >> (16 * (row & 1)) & 0xFFF;
         const float *z = (const float *)job->scaled + (t * BASE + (name & (BASE - 1))) * ROW;
-        uint64_t flips;
-        memcpy(&flips, numbers ? walsh[name >> 5 & (ROW - 1)] : &words[t][2 * row], 8);
+        const __m512 scale = _mm512_set1_ps((float)own->scale);
+        uint64_t flips = 0;
+        if (numbers || own->book == SIGNS) memcpy(&flips, numbers ? walsh[name >> 5 & (ROW - 1)] : drawn->words + 2 * row, 8);
         if (numbers) flips ^= 0 - (uint64_t)(name >> 11);
         for (int part = 0; part < 4; part++) {
-            const __m512 plain = numbers ? _mm512_load_ps(z + 16 * part) : _mm512_set1_ps((float)job->term[t].scale);
-            const __m512 term = LEVEL(flipped)(plain, flips, part);
+            __m512 term;
+            if (!numbers && own->book > SIGNS)
+                term = _mm512_mul_ps(scale, LEVEL(given)(own, tile + row * ROW + 16 * part));
+            else
+                term = LEVEL(flipped)(numbers ? _mm512_load_ps(z + 16 * part) : scale, flips, part);
+            if (!one && own->limit)
+                term = _mm512_mask_mov_ps(_mm512_set1_ps(-0.0f), (__mmask16)(drawn->kept[row] >> 16 * part), term);
             sum.part[part] = t ? _mm512_add_ps(sum.part[part], term) : term;
         }
     }
@@ -93,18 +119,20 @@ INLINE void LEVEL(row_of_bf16)(const Job *job, const LEVEL(Row) *sum, int64_t at
 }
 
 /* Whole rows of one kind; `one`: of one term of numbers. */
-INLINE void LEVEL(rows)(const Job *job, const uint32_t (*words)[WORDS], int row, int last, int64_t at, int kind, int one) {
+INLINE void LEVEL(rows)(
+    const Job *job, const Drawn *drawn, int row, int last, int64_t tile, int64_t at, int kind, int one
+) {
     const Job *before = job->before;
-    const int single = one && before && before->terms == 1 && before->term->book == NUMBERS;
+    const int single = one && before && only_numbers(before);
     for (; row < last; row++, at += ROW) {
         if (before) {
-            const LEVEL(Row) sum = LEVEL(summed)(before, words + job->terms, row, single);
+            const LEVEL(Row) sum = LEVEL(summed)(before, drawn + job->terms, row, tile, single);
             if (kind == FP32)
                 LEVEL(row_of_fp32)(before, &sum, at);
             else
                 LEVEL(row_of_bf16)(before, &sum, at, BF16_SPLIT);
         }
-        const LEVEL(Row) sum = LEVEL(summed)(job, words, row, one);
+        const LEVEL(Row) sum = LEVEL(summed)(job, drawn, row, tile, one);
         if (kind == FP32)
             LEVEL(row_of_fp32)(job, &sum, at);
         else

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from zotune.kernels.codebook import BASE_ROWS, WIDTH
-from zotune.kernels.contract import Run, Term
+from zotune.kernels.contract import LANES, Run, Term
 
 KEPT = 4  # packed terms: of an update and of a query
 MOST_TERMS = 256  # of one call, as in native.c; more go through the reference
 BOOKS = {"normal": 0, "rademacher": 1}
+GIVEN = {torch.float32: 2, torch.float64: 3, torch.bfloat16: 4}  # books of the numbers of a tensor
 EXACT = {torch.float32: 0, torch.float64: 1}
 BF16, BF16_CARRIED, BF16_SPLIT = 2, 3, 4
 # Elements, counted once for each term, for each thread after the first: measured, a second one breaks even at 50,000.
 WORTH_A_THREAD = 1 << 16
 ROOM = 8 * BASE_ROWS * WIDTH  # bytes for one term
 JOB = struct.Struct("@PPPPQqqqiiiiPPP")  # the structs of native.c, padding included
-TERM = struct.Struct("@IIiid")
+TERM = struct.Struct("@IIiidIIP")
 OUT = struct.Struct("@Pq")
 PLACE = struct.Struct("@PPQq")
 
@@ -36,12 +37,19 @@ class PackedTerms:
         known, packed = self._kept.get(id(terms), ((), b""))
         if known is terms:
             return packed
-        packed = b"".join(TERM.pack(*term.key, BOOKS[term.book], 0, float(term.scale)) for term in terms)
+        packed = b"".join(map(_packed, terms))
         if isinstance(terms, tuple) and not any(isinstance(term.scale, Tensor) for term in terms):
             if len(self._kept) >= KEPT:
                 self._kept.clear()
             self._kept[id(terms)] = (terms, packed)  # of what cannot change
         return packed
+
+
+def _packed(term: Term) -> bytes:
+    limit, mask = (0, (0, 0)) if term.mask is None or term.mask.limit == LANES else (term.mask.limit, term.mask.key)
+    book = BOOKS[term.book] if term.numbers is None else GIVEN[term.numbers.dtype]
+    address = 0 if term.numbers is None else term.numbers.data_ptr()
+    return TERM.pack(*term.key, book, limit, float(term.scale), *mask, address)
 
 
 def takes(*terms: Sequence[Term]) -> bool:

@@ -15,6 +15,10 @@ class Unfused:
     update: Update
     perturb: Callable[..., None]
 
+    def takes(self, terms: Sequence[Term]) -> bool:
+        """See `Backend.takes`: noise alone."""
+        return all(term.drawn for term in terms)
+
     def update_and_perturb(
         self, addition: Addition, outs: Sequence[tuple[Tensor, float]], terms: Sequence[Term]
     ) -> None:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from zotune.core.context import Context
-from zotune.core.direction import Direction, Scalar
+from zotune.core.direction import Direction, Scalar, given
 from zotune.core.errors import ConfigError
 from zotune.core.noise import CHUNK, Stream
 from zotune.core.site import Site
 from zotune.core.workspace import workspace
+from zotune.kernels.contract import Term
 from zotune.kernels.philox import words
 
 BLOCK = 64  # numbers that share a scale in 8 bits
@@ -171,12 +172,20 @@ class PolicyMean(Direction):
         else:
             out.add_((form.read(site.start, site.count).to(out.device, out.dtype) * scale).view(out.shape))
 
+    def term(self, site: Site, scale: Scalar) -> Term | None:
+        """See `Direction.term`: where the numbers are kept one by one."""
+        values = self._kept[site.name].kept.get("values")
+        return None if values is None else given(values, site, scale)
+
     def move(self, change: Direction, keep: float, source: Stream) -> None:
         """mean <- keep * mean + change, on the sites that the change touches. `source`: the bits of the rounding."""
         for site in self._sites.values():
             if not change.touches(site):
                 continue
             form = self._kept[site.name]
+            if keep == 1.0 and isinstance(form, Full):
+                change.add_to(form.kept["values"], site)
+                continue
             for start in range(0, site.numel, CHUNK):
                 part = site.part(start, min(CHUNK, site.numel - start))
                 old = form.read(part.start, part.count)

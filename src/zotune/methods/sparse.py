@@ -32,8 +32,9 @@ from zotune.core.context import Context, Estimate
 from zotune.core.direction import Combination, Direction
 from zotune.core.errors import ConfigError
 from zotune.core.masked import Masked
-from zotune.core.noise import LANES, Stream
+from zotune.core.noise import Stream
 from zotune.core.site import Site
+from zotune.kernels.contract import LANES
 from zotune.methods.base import Base
 
 SAMPLE = 1 << 22  # numbers looked at for the threshold on magnitudes
