@@ -13,7 +13,7 @@ setup(
         Extension(
             "zotune.kernels._native",
             ["src/zotune/kernels/native.c"],
-            depends=[f"src/zotune/kernels/native_{part}.h" for part in ("levels", "loops", "avx512", "thin")],
+            depends=[f"src/zotune/kernels/native_{part}.h" for part in ("levels", "loops", "avx512", "thin", "values")],
             extra_compile_args=FLAGS,
             optional=True,
         )

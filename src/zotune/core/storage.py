@@ -19,7 +19,7 @@ from torch import Tensor
 from zotune.core.noise import stream
 from zotune.core.site import Site
 from zotune.kernels.contract import Term
-from zotune.kernels.halves import JOIN, SPLIT
+from zotune.kernels.dispatch import backend_for
 from zotune.kernels.philox import words
 from zotune.kernels.prepared import Prepared
 
@@ -137,16 +137,16 @@ class Carried(Storage):
     def read(self, slot: Slot, part: Site, out: Tensor | None = None) -> Tensor:
         """See `Storage.read`."""
         stored = slot.stored(part)
-        values = _widen(stored, out)
-        if slot.carried is not None:
-            JOIN[slot.tensor.dtype](values, stored, select(slot.carried, slot.site, part).view(stored.shape))
+        low = None if slot.carried is None else select(slot.carried, slot.site, part).view(stored.shape)
+        values = torch.empty_like(stored, dtype=torch.float32) if out is None else out.view(stored.shape)
+        backend_for(stored.device).read(stored, low, values)
         return values
 
     def write(self, slot: Slot, part: Site, values: Tensor) -> None:
         """See `Storage.write`."""
         stored = slot.stored(part)
         carried = select(self.low_bits(slot), slot.site, part).view(stored.shape)
-        SPLIT[slot.tensor.dtype](values.view(stored.shape), stored, carried)
+        backend_for(stored.device).write(values.view(stored.shape), stored, carried)
 
     def low_bits(self, slot: Slot) -> Tensor:
         """The carried bits, zeros at first."""

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from zotune.core.site import Site
-from zotune.core.workspace import workspace
+from zotune.kernels.dispatch import backend_for
 
 TOKENS = 15  # tokens per example that the released code reckons with
 PART = 1 << 18  # numbers read at once
-_PIECE = 1 << 15  # numbers worked on while they lie in the cache
-_ROW = 4096  # numbers summed at once: rows are summed whole by one thread
 
 
 def moments(values: Tensor) -> tuple[float, float]:
@@ -28,24 +26,19 @@ def moments(values: Tensor) -> tuple[float, float]:
 def moments_of(parts: Iterable[Tensor]) -> tuple[float, float]:
     """The same of a tensor that comes in parts, all but the last of them multiples of PART.
 
-    Summed in fp64 around the first number, in rows of fixed length, then exactly: neither parts nor threads are seen.
+    Summed in fp64 around the first number, in a fixed order, then exactly: neither parts, threads nor devices are seen.
     """
-    n, pivot = 0, 0.0
-    first: list[Tensor] = []
-    second: list[Tensor] = []
+    n, pivot, sums = 0, 0.0, []
     for part in parts:
         flat = part.reshape(-1)
-        pivot = float(flat[0]) if n == 0 and flat.numel() else pivot
+        if not flat.numel():
+            continue
+        pivot = float(flat[0]) if n == 0 else pivot
         n += flat.numel()
-        for piece in torch.split(flat, _PIECE):
-            x = workspace("moments", len(piece), torch.float64, piece.device).copy_(piece).sub_(pivot)
-            rows = (torch.nn.functional.pad(x, (0, -len(x) % _ROW)) if len(x) % _ROW else x).view(-1, _ROW)
-            first.append(rows.sum(dim=1))
-            second.append(rows.square_().sum(dim=1))
+        sums.append(backend_for(flat.device).moments(flat, pivot))
     if n == 0:
         return 0.0, 0.0
-    sums = torch.cat(first + second).tolist()
-    s1, s2 = (_exact(half) for half in (sums[: len(sums) // 2], sums[len(sums) // 2 :]))
+    s1, s2 = (_exact(column) for column in torch.cat(sums).T.tolist())
     variance = max(s2 - s1 * s1 / n, 0.0) / (n - 1) if n > 1 else 0.0
     return pivot + s1 / n, variance
 

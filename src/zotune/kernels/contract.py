@@ -129,6 +129,18 @@ class Backend(Protocol):
         """What does these two for one tensor and the same outs again and again: see `kernels.prepared`."""
         ...
 
+    def read(self, stored: Tensor, carried: Tensor | None, out: Tensor) -> None:
+        """out (fp32) = the values of a bf16 or fp16 tensor, or of a part of one, of any one shape."""
+        ...
+
+    def write(self, values: Tensor, stored: Tensor, carried: Tensor) -> None:
+        """Keep fp32 values in a bf16 or fp16 tensor, or a part of one, and its carried bits."""
+        ...
+
+    def moments(self, values: Tensor, pivot: float) -> Tensor:
+        """`kernels.moments.piece_sums` of flat values, the same bits."""
+        ...
+
     def adds_low_rank(self, dtype: torch.dtype) -> bool:
         """Whether there is an `add_low_rank` for activations of this dtype; else torch's products must do."""
         ...

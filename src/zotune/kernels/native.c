@@ -17,6 +17,8 @@
 #define MASK_COUNTERS 32 /* and for masks, which need many */
 #define WORDS (TILE / 32) /* random words of a tile: one bit for each sign; numbers need a quarter */
 #define MOST_TERMS 256
+#define PIECE 32768     /* numbers whose sums are one tree: LEVELS - 1 halvings of its rows */
+#define LEVELS 10
 #define LANES 16        /* partial sums of a dot product */
 #define FOUR 4
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
@@ -73,6 +75,23 @@ typedef struct {
     int64_t in, out, rank, step, room_each;
     int64_t bf16, turned;
 } Thin;
+
+/* Values of a bf16 tensor, and where they are kept. */
+typedef struct {
+    float *values;
+    uint16_t *stored;
+    int16_t *carried;       /* or NULL, to read */
+    int64_t count;
+    int write;
+} Values;
+
+typedef struct {
+    const void *values;
+    double *sums;           /* two for each piece */
+    int64_t count;
+    double pivot;
+    int wide;               /* fp64, else fp32 */
+} Moments;
 
 /* What a tile needs of one term. */
 typedef struct {
@@ -252,6 +271,47 @@ void zotune_thin(const char *packed, int threads) {
         parallel(share_thin, &thin, (unsigned)threads, 0);
     else
         THIN[level](&thin, 0, thin.rows, thin.room);
+}
+
+static void share_values(void *data) {
+    const Values *job = (const Values *)data;
+    const int64_t me = thread_number(), team = team_size(), lines = (job->count + ROW - 1) / ROW;
+    const int64_t to = (me + 1) * lines / team * ROW;
+    (job->write ? WRITE : READ)[level](job, me * lines / team * ROW, to < job->count ? to : job->count);
+}
+
+static void run_values(Values *job, int threads) {
+    if (threads > 1 && parallel)
+        parallel(share_values, job, (unsigned)threads, 0);
+    else
+        (job->write ? WRITE : READ)[level](job, 0, job->count);
+}
+
+/* Values of `count` bf16 numbers, with their carried bits or (NULL) without. */
+void zotune_read(uint16_t *stored, int16_t *carried, float *values, int64_t count, int threads) {
+    Values job = {values, stored, carried, count, 0};
+    run_values(&job, threads);
+}
+
+/* Keep values in bf16 numbers and carried bits. */
+void zotune_write(uint16_t *stored, int16_t *carried, float *values, int64_t count, int threads) {
+    Values job = {values, stored, carried, count, 1};
+    run_values(&job, threads);
+}
+
+static void share_moments(void *data) {
+    const Moments *job = (const Moments *)data;
+    const int64_t me = thread_number(), team = team_size(), pieces = (job->count + PIECE - 1) / PIECE;
+    for (int64_t piece = me * pieces / team; piece < (me + 1) * pieces / team; piece++) MOMENTS[level](job, piece);
+}
+
+/* sums[2 * piece + k]: of (x - pivot)^(k + 1) over each piece. */
+void zotune_moments(const void *values, int wide, int64_t count, double pivot, double *sums, int threads) {
+    Moments job = {values, sums, count, pivot, wide};
+    if (threads > 1 && parallel)
+        parallel(share_moments, &job, (unsigned)threads, 0);
+    else
+        for (int64_t piece = 0; piece * PIECE < count; piece++) MOMENTS[level](&job, piece);
 }
 
 static void count_team(void *data) {

@@ -40,6 +40,7 @@ from zotune.kernels.native_packing import (
 )
 from zotune.kernels.native_prepared import NativePrepared
 from zotune.kernels.native_thin import DTYPES, add_thin
+from zotune.kernels.native_values import declare, moments, move, simple
 from zotune.kernels.openmp import find_runtime
 from zotune.kernels.prepared import Prepared
 from zotune.kernels.reference import ReferenceBackend
@@ -91,6 +92,7 @@ def load(path: Path) -> ctypes.CDLL:
     library.zotune_update_and_run.restype = None
     library.zotune_thin.argtypes = [ctypes.c_char_p, ctypes.c_int]
     library.zotune_thin.restype = None
+    declare(library)
     library.zotune_level(-1)
     return library
 
@@ -219,6 +221,26 @@ class NativeBackend(Composed):
         """See `Backend.prepared`."""
         kind = Prepared if stored.dtype == torch.float16 else NativePrepared
         return kind(self, stored, carried, site, outs)
+
+    def read(self, stored: Tensor, carried: Tensor | None, out: Tensor) -> None:
+        """See `Backend.read`."""
+        if stored.dtype == torch.bfloat16 and simple(stored, carried, out):
+            move(self._library.zotune_read, stored, carried, out)
+            written([out])
+        else:
+            super().read(stored, carried, out)
+
+    def write(self, values: Tensor, stored: Tensor, carried: Tensor) -> None:
+        """See `Backend.write`."""
+        if stored.dtype == torch.bfloat16 and simple(stored, carried, values):
+            move(self._library.zotune_write, stored, carried, values)
+            written([stored, carried])
+        else:
+            super().write(values, stored, carried)
+
+    def moments(self, values: Tensor, pivot: float) -> Tensor:
+        """See `Backend.moments`."""
+        return moments(self._library, values.contiguous(), pivot)
 
     def adds_low_rank(self, dtype: torch.dtype) -> bool:
         """See `Backend.adds_low_rank`."""

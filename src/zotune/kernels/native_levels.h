@@ -1,10 +1,13 @@
 /* The loops of native.c compiled for several instruction sets: tables of functions, and `best`, the best that there is. */
 
 typedef void Work(const Job *, int64_t, int64_t);
+typedef void WorkValues(const Values *, int64_t, int64_t);
+typedef void WorkMoments(const Moments *, int64_t);
 typedef void WorkThin(const Thin *, int64_t, int64_t, float *);
 #define LEVEL(name) name##_plain
 #include "native_loops.h"
 #include "native_thin.h"
+#include "native_values.h"
 #undef LEVEL
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -21,6 +24,7 @@ BEGIN_TARGET("avx2")
 #define LEVEL(name) name##_avx2
 #include "native_loops.h"
 #include "native_thin.h"
+#include "native_values.h"
 #undef LEVEL
 END_TARGET
 
@@ -43,6 +47,7 @@ BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl")
 #include "native_avx512.h"
 #include "native_loops.h"
 #include "native_thin.h"
+#include "native_values.h"
 #undef LEVEL
 END_TARGET
 BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
@@ -51,11 +56,11 @@ BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #include "native_avx512.h"
 #include "native_loops.h"
 #include "native_thin.h"
+#include "native_values.h"
 #undef LEVEL
 END_TARGET
 
-static Work *const WORK[] = {work_plain, work_avx2, work_avx512, work_avx512_bf16};
-static WorkThin *const THIN[] = {thin_plain, thin_avx2, thin_avx512, thin_avx512_bf16};
+#define EACH_LEVEL(name) {name##_plain, name##_avx2, name##_avx512, name##_avx512_bf16}
 
 static int best(void) {
     __builtin_cpu_init();
@@ -66,8 +71,12 @@ static int best(void) {
     return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
 }
 #else
-static Work *const WORK[] = {work_plain};
-static WorkThin *const THIN[] = {thin_plain};
+#define EACH_LEVEL(name) {name##_plain}
 
 static int best(void) { return 0; }
 #endif
+
+static Work *const WORK[] = EACH_LEVEL(work);
+static WorkThin *const THIN[] = EACH_LEVEL(thin);
+static WorkValues *const READ[] = EACH_LEVEL(read), *const WRITE[] = EACH_LEVEL(write);
+static WorkMoments *const MOMENTS[] = EACH_LEVEL(moments);

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from zotune.kernels.contract import Addition, Term, Update
+from zotune.kernels.halves import JOIN, SPLIT
+from zotune.kernels.moments import piece_sums
 from zotune.kernels.prepared import Prepared
 
 
@@ -29,6 +31,20 @@ class Unfused:
     def prepared(self, stored: Tensor, carried: Tensor | None, site: int, outs: Sequence[Tensor]) -> Prepared:
         """See `Backend.prepared`."""
         return Prepared(self, stored, carried, site, outs)
+
+    def read(self, stored: Tensor, carried: Tensor | None, out: Tensor) -> None:
+        """See `Backend.read`."""
+        out.copy_(stored)
+        if carried is not None:
+            JOIN[stored.dtype](out, stored, carried)
+
+    def write(self, values: Tensor, stored: Tensor, carried: Tensor) -> None:
+        """See `Backend.write`."""
+        SPLIT[stored.dtype](values, stored, carried)
+
+    def moments(self, values: Tensor, pivot: float) -> Tensor:
+        """See `Backend.moments`."""
+        return piece_sums(values, pivot)
 
     def adds_low_rank(self, dtype: torch.dtype) -> bool:
         """See `Backend.adds_low_rank`."""
