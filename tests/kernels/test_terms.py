@@ -1,6 +1,7 @@
 """Masks, and numbers of tensors, in the compiled kernels: the bits of what torch does with them."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,8 @@ from tests.support.models import bits
 from torch import nn
 
 from zotune.core.direction import Combination, Noise, Scaled, Stored, table_terms
+from zotune.core.factors import Factors
+from zotune.core.low_rank import LowRank
 from zotune.core.masked import Masked
 from zotune.core.noise import Stream, lanes, stream
 from zotune.core.site import Site
@@ -41,12 +44,12 @@ class Twin(ReferenceBackend):
         return total
 
     def product(self, like, run, term):
-        if term.numbers is not None:
-            all_of_it = term.numbers.to(like.dtype) * term.scale
+        if term.replayed:
+            made = super().sums(like, run, [Term(term.key, term.book, term.scale)])(0, size(run)).clone()
+        else:
+            all_of_it = whole(term).to(like.dtype) * term.scale
             rows = all_of_it.view(-1, run.width)[run.rows].reshape(-1) if run.rows is not None else all_of_it
             made = rows if run.rows is not None else rows[run.start : run.start + run.count]
-        else:
-            made = super().sums(like, run, [Term(term.key, term.book, term.scale)])(0, size(run)).clone()
         if term.mask is None:
             return made
         site = SimpleNamespace(id=run.site, start=run.start, count=run.count, rows=run.rows, width=run.width)
@@ -57,8 +60,26 @@ class Twin(ReferenceBackend):
 TWIN = Twin()
 
 
+def whole(term):
+    """The numbers of all elements of the site."""
+    if term.numbers is not None:
+        return term.numbers
+    return (term.factors.left.double() @ term.factors.right.double()).view(-1)
+
+
 def size(run):
     return run.count if run.rows is None else run.rows.numel() * run.width
+
+
+@st.composite
+def thin_factors(draw):
+    """Of matrices that are narrower and wider than the kernels' rows; the left one in either layout."""
+    rows, rank, single = draw(st.sampled_from([1, 2, 60, 75, 125, 9000])), draw(st.integers(1, 5)), draw(st.booleans())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    sides = [torch.randn(n, rank, generator=generator) for n in (rows, SIZE // rows)]
+    sides = [(side * 32).round() / 32 for side in sides] if single else sides
+    factors = replace(Factors.of(*sides), single=single).thin
+    return replace(factors, left=factors.left.t().contiguous().t()) if draw(st.booleans()) else factors
 
 
 @st.composite
@@ -156,6 +177,8 @@ def test_tensors_of_one_update_have_numbers_of_their_own(native):
 SHAPE = (37, 65)
 SITE = Site("w", SHAPE)
 A = Noise(stream(0, "a"))
+THIN = LowRank({"w": Factors.of(torch.randn(37, 3), torch.randn(65, 3))})
+RESHAPED = LowRank({"w": Factors.of(torch.randn(13, 3), torch.randn(185, 3))})
 LEARNED = Stored({"w": torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))})
 SPARSE = Masked(A, stream(0, "mask"), {"w": 0.3})
 DIRECTIONS = {
@@ -166,6 +189,10 @@ DIRECTIONS = {
     "stored": 0.1 * LEARNED,
     "stored in half": 0.1 * Stored({"w": LEARNED.tensors["w"].to(BF16)}),
     "mean and noise": 0.1 * LEARNED + 0.2 * A,
+    "low-rank": 0.1 * THIN,
+    "low-rank, reshaped": 0.1 * RESHAPED,
+    "low-rank, signs": 0.1 * LowRank({"w": Factors.of(torch.ones(37, 1), torch.ones(65, 1))}),
+    "low-rank and noise": 0.1 * THIN + 0.2 * A - 0.3 * RESHAPED,
     "mean and masked noise": 0.1 * (LEARNED + 2.0 * SPARSE),
 }
 LONG_WAY = {
@@ -232,6 +259,13 @@ def test_points_along_other_masks_or_numbers_are_drawn_apart(native):
     for point, out in zip(points, outs, strict=True):
         assert torch.equal(out.view(-1), point.realise(SITE).view(-1))
     assert len({float(out.norm()) for out in outs}) == len(points)
+
+
+def test_both_sides_of_a_low_rank_pair_are_one_draw(native):
+    made = Weights([("w", nn.Parameter(torch.zeros(SHAPE)))])
+    grouped, rest = made._draws.of((0.1 * THIN, -0.1 * THIN, 0.1 * RESHAPED), SITE, CPU)
+    assert rest == []
+    assert [signs for _, signs in grouped] == [[(0, 1.0), (1, -1.0)], [(2, 1.0)]]
 
 
 def test_a_late_move_along_a_learned_vector_is_not_late(native):

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from zotune.core.errors import ConfigError
 from zotune.core.grids import on_grid
+from zotune.kernels.contract import ThinFactors
 
 TABLE_CEILING = 4.0  # a power of two above every number of table noise, which ends at 83/32
 TABLE_RANK = 1 << 11  # up to here sums of products of table noise are exact in fp32: 83**2 * 2**11 < 2**24
@@ -50,6 +52,11 @@ class Factors:
     def kept(self) -> Tensor:
         """The other one."""
         return self.right if self.fresh == "left" else self.left
+
+    @cached_property
+    def thin(self) -> ThinFactors:
+        """As the kernels take them: made once for all points and the move along them."""
+        return ThinFactors(self.left, self.right.T.contiguous(), self.single and self.rank <= TABLE_RANK)
 
     def run(self, start: int, count: int, device: torch.device) -> Tensor:
         """Elements start ... start + count - 1 of the matrix in row-major order, exact: fp32 if that holds them, or fp64."""

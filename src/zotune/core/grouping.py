@@ -50,7 +50,7 @@ def _opposite(terms: tuple[Term, ...], first: tuple[Term, ...]) -> float | None:
         return None
     same = True
     for a, b in zip(terms, first, strict=True):
-        if a.key != b.key or a.book != b.book or a.mask != b.mask or not _same_memory(a.numbers, b.numbers):
+        if not _same_source(a, b):
             return None
         same = same and _same_number(a.scale, b.scale)
     if same:
@@ -59,10 +59,13 @@ def _opposite(terms: tuple[Term, ...], first: tuple[Term, ...]) -> float | None:
     return -1.0 if len(terms) == 1 and _negative(terms[0].scale, first[0].scale) else None
 
 
-def _same_memory(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return one.data_ptr() == other.data_ptr() and one.dtype == other.dtype  # both are all of a site's numbers
+def _same_source(one: Term, other: Term) -> bool:
+    """Whether they are multiples of the same numbers."""
+    if one.replayed and other.replayed:
+        return one.key == other.key and one.book == other.book and one.mask == other.mask
+    if one.numbers is not None and other.numbers is not None:  # all of the site's
+        return one.numbers.data_ptr() == other.numbers.data_ptr() and one.numbers.dtype == other.numbers.dtype
+    return one.factors is not None and one.factors is other.factors
 
 
 def _same_number(one: float | Tensor, other: float | Tensor) -> bool:

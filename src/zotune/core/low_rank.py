@@ -23,6 +23,7 @@ from zotune.core.factors import Factors, OnSheets, Sheet
 from zotune.core.grids import on_grid
 from zotune.core.noise import CHUNK, Stream
 from zotune.core.site import Site
+from zotune.kernels.contract import Term
 
 
 def normal_matrix(source: Stream, site: Site, role: str, shape: tuple[int, ...], kind: str = "gaussian") -> Tensor:
@@ -106,6 +107,13 @@ class LowRank(Direction):
     def leaves(self, site: Site, scale: Scalar = 1.0) -> Leaves | None:
         """See `Direction.leaves`: itself where it has factors."""
         return ((scale, self),) if site.name in self.factors else self.otherwise.leaves(site, scale)
+
+    def term(self, site: Site, scale: Scalar) -> Term | None:
+        """See `Direction.term`."""
+        factors = self.factors.get(site.name)
+        if factors is None or len(factors.left) * len(factors.right) != math.prod(site.shape):
+            return None
+        return Term.low_rank(factors.thin, scale)
 
     def touches(self, site: Site) -> bool:
         """See `Direction.touches`."""

@@ -114,7 +114,7 @@ class Weights:
         for slot, change, along in moves:
             if (addition := _as_addition(slot, along)) is None:
                 self.update(slot, change)
-            elif late and all(term.numbers is None for term in addition.terms):  # a learned vector may move before then
+            elif late and all(term.replayed for term in addition.terms):  # a learned vector may move before then
                 slot.late = tuple(addition.terms)
             else:
                 together.setdefault(slot.tensor.device, []).append(addition)

@@ -26,25 +26,45 @@ class Mask:
     limit: int  # of LANES, above 0
 
 
+@dataclass(frozen=True, eq=False)
+class ThinFactors:
+    """left (m, r) @ right (r, n), with the site's elements in row-major order; no product or sum is rounded in fp64."""
+
+    left: Tensor  # fp32
+    right: Tensor  # fp32, contiguous
+    single: bool  # nor in fp32
+
+
 @dataclass(frozen=True)
 class Term:
-    """scale * z of one stream, or scale * the numbers of a tensor."""
+    """scale * z of one stream; or scale * the numbers of a tensor, or scale * a product of thin factors."""
 
     key: Words  # of the stream
-    book: str  # "normal", "rademacher" or "given"
+    book: str  # "normal", "rademacher", "given" or "low-rank"
     scale: float | Tensor  # a number, or a 0-d tensor, which is not read on the host if it lies on a GPU
     mask: Mask | None = None
     numbers: Tensor | None = None  # of "given": flat, one for each element of the whole site, in any precision
+    factors: ThinFactors | None = None  # of "low-rank"
 
     @classmethod
     def given(cls, numbers: Tensor, scale: float | Tensor) -> "Term":
         """scale * numbers, which may change between calls but stay where they are."""
-        return cls((0, 0), "given", scale, None, numbers)
+        return cls((0, 0), "given", scale, numbers=numbers)
+
+    @classmethod
+    def low_rank(cls, factors: ThinFactors, scale: float | Tensor) -> "Term":
+        """scale * left @ right: the product is rounded, then its multiple."""
+        return cls((0, 0), "low-rank", scale, factors=factors)
 
     @property
     def drawn(self) -> bool:
         """Whether it is noise and nothing else, which every back end makes."""
-        return self.mask is None and self.numbers is None
+        return self.mask is None and self.replayed
+
+    @property
+    def replayed(self) -> bool:
+        """Whether it is made of random bits alone, which are the same whenever they are asked for."""
+        return self.numbers is None and self.factors is None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ typedef float Lanes __attribute__((vector_size(4 * LANES)));
 #define INLINE static inline __attribute__((always_inline))
 #define RESTRICT __restrict__
 
-enum { NUMBERS, SIGNS, GIVEN_FP32, GIVEN_FP64, GIVEN_BF16 }; /* books; the last three: numbers of a tensor */
+/* Books: drawn ones, numbers of a tensor, and left @ right of which every sum is exact: in fp64, or in fp32 already. */
+enum { NUMBERS, SIGNS, GIVEN_FP32, GIVEN_FP64, GIVEN_BF16, LOW_RANK, LOW_RANK_FP32 };
 enum { FP32, FP64, BF16, BF16_CARRIED, BF16_SPLIT }; /* what is read and written; the last writes `carried` too */
 
 typedef struct {
@@ -33,7 +34,9 @@ typedef struct {
     int32_t book, limit;    /* limit above 0: elements whose 16 random bits are not below it are left out */
     double scale;
     uint32_t mask[2];       /* key of those bits */
-    const void *numbers;    /* of the whole site, or NULL */
+    const void *numbers;    /* of the whole site; or the left factor, fp32, `down` and `along` numbers apart; or NULL */
+    const float *right;     /* (rank, width) */
+    int64_t width, rank, down, along;
 } Term;
 
 typedef struct {
@@ -326,4 +329,4 @@ int zotune_team(int threads) {
 }
 
 /* Raised with every change of Job, Term or of what a function means: native.py refuses any other. */
-int zotune_abi(void) { return 6; }
+int zotune_abi(void) { return 7; }

@@ -46,7 +46,7 @@ from zotune.kernels.prepared import Prepared
 from zotune.kernels.reference import ReferenceBackend
 from zotune.kernels.workspace import workspace
 
-ABI = 6  # what `zotune_abi` of native.c must say
+ABI = 7  # what `zotune_abi` of native.c must say
 
 
 class MissingError(Exception):
@@ -272,6 +272,9 @@ class NativeBackend(Composed):
 
 
 def _addressed(term: Term) -> bool:
-    """Whether what a term is made of can be read at an address."""
+    """Whether what a term is made of can be read at addresses."""
+    if term.factors is not None:
+        left, right = term.factors.left, term.factors.right
+        return left.dtype == right.dtype == torch.float32 and left.is_cpu and right.is_cpu and right.is_contiguous()
     n = term.numbers
     return n is None or (n.dtype in GIVEN and n.is_cpu and n.is_contiguous() and type(n) is Tensor)

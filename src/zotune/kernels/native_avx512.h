@@ -30,6 +30,41 @@ INLINE __m512 LEVEL(given)(const Term *term, int64_t from) {
     return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
 }
 
+INLINE void LEVEL(factors_float)(float *RESTRICT to, const Term *term, int64_t from, int inside, int count);
+
+/* scale times 64 elements of left @ right, from number `from` on: fused or not, no product and no sum is rounded. */
+INLINE void LEVEL(factors)(__m512 *made, const Term *term, int64_t from) {
+    const int64_t column = from % term->width;
+    const float *left = (const float *)term->numbers + from / term->width * term->down, *right = term->right + column;
+    const __m512 scale = _mm512_set1_ps((float)term->scale);
+    if (column + ROW > term->width) { /* the end of a row of the matrix */
+        float some[ROW];
+        LEVEL(factors_float)(some, term, from, 0, ROW);
+        for (int i = 0; i < 4; i++) made[i] = _mm512_loadu_ps(some + 16 * i);
+        return;
+    }
+    if (term->book == LOW_RANK_FP32) {
+        for (int i = 0; i < 4; i++) made[i] = _mm512_setzero_ps();
+        for (int64_t k = 0; k < term->rank; k++, right += term->width) {
+            const __m512 factor = _mm512_set1_ps(left[k * term->along]);
+            for (int i = 0; i < 4; i++) made[i] = _mm512_fmadd_ps(factor, _mm512_loadu_ps(right + 16 * i), made[i]);
+        }
+    } else {
+        __m512d wide[8];
+        for (int i = 0; i < 8; i++) wide[i] = _mm512_setzero_pd();
+        for (int64_t k = 0; k < term->rank; k++, right += term->width) {
+            const __m512d factor = _mm512_set1_pd(left[k * term->along]);
+            for (int i = 0; i < 8; i++)
+                wide[i] = _mm512_fmadd_pd(factor, _mm512_cvtps_pd(_mm256_loadu_ps(right + 8 * i)), wide[i]);
+        }
+        for (int i = 0; i < 4; i++) {
+            const __m512 low = _mm512_castps256_ps512(_mm512_cvtpd_ps(wide[2 * i]));
+            made[i] = _mm512_insertf32x8(low, _mm512_cvtpd_ps(wide[2 * i + 1]), 1);
+        }
+    }
+    for (int i = 0; i < 4; i++) made[i] = _mm512_mul_ps(made[i], scale);
+}
+
 /* The terms of one row, as sum_float of native_loops.h. */
 INLINE LEVEL(Row) LEVEL(summed)(const Job *job, const Drawn *drawn, int row, int64_t tile, int one) {
     LEVEL(Row) sum = {{_mm512_setzero_ps()}};
@@ -42,9 +77,13 @@ INLINE LEVEL(Row) LEVEL(summed)(const Job *job, const Drawn *drawn, int row, int
         uint64_t flips = 0;
         if (numbers || own->book == SIGNS) memcpy(&flips, numbers ? walsh[name >> 5 & (ROW - 1)] : drawn->words + 2 * row, 8);
         if (numbers) flips ^= 0 - (uint64_t)(name >> 11);
+        __m512 low_rank[4];
+        if (!one && own->book >= LOW_RANK) LEVEL(factors)(low_rank, own, tile + row * ROW);
         for (int part = 0; part < 4; part++) {
             __m512 term;
-            if (!numbers && own->book > SIGNS)
+            if (!one && own->book >= LOW_RANK)
+                term = low_rank[part];
+            else if (!numbers && own->book > SIGNS)
                 term = _mm512_mul_ps(scale, LEVEL(given)(own, tile + row * ROW + 16 * part));
             else
                 term = LEVEL(flipped)(numbers ? _mm512_load_ps(z + 16 * part) : scale, flips, part);

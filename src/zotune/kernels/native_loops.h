@@ -62,8 +62,8 @@ static void LEVEL(draw)(Drawn *drawn, const Job *job, int64_t tile, int64_t low,
     }
 }
 
-/* product_REAL: scale * z of one row of ROW elements, `row` counted in its tile; of the numbers of a tensor only those of
-   the elements `inside` to `inside + count - 1`, and 0 elsewhere. -0.0 where a mask leaves an element out.
+/* product_REAL: scale * z of one row of ROW elements, `row` counted in its tile; what is not drawn only for the elements
+   `inside` to `inside + count - 1`, and 0 elsewhere. -0.0 where a mask leaves an element out.
    sum_REAL: the terms of the row: each product rounded, then each sum. The first product begins it: -0.0 + x is x, bit for
    bit. `one`: there is one term, of numbers and without a mask.
    add_REAL: out = stored + sum, or minus it; `stored` may be the output itself. */
@@ -76,6 +76,22 @@ static void LEVEL(draw)(Drawn *drawn, const Job *job, int64_t tile, int64_t low,
                                  ? (REAL)value_of((uint32_t)((const uint16_t *)term->numbers)[from + i] << 16)         \
                              : term->book == GIVEN_FP32 ? (REAL)((const float *)term->numbers)[from + i]               \
                                                         : (REAL)((const double *)term->numbers)[from + i]);            \
+    }                                                                                                                  \
+    INLINE void LEVEL(factors_##REAL)(REAL *RESTRICT to, const Term *term, int64_t from, int inside, int count) {      \
+        const REAL scale = (REAL)term->scale;                                                                          \
+        for (int i = 0; i < ROW; i++) to[i] = 0;                                                                       \
+        for (int i = inside, end = inside + count; i < end;) {                                                         \
+            const int64_t row = (from + i) / term->width, column = (from + i) % term->width;                           \
+            const int next = term->width - column < end - i ? i + (int)(term->width - column) : end;                   \
+            const float *left = (const float *)term->numbers + row * term->down;                                       \
+            double sum[ROW] = {0};                                                                                     \
+            for (int64_t k = 0; k < term->rank; k++) {                                                                 \
+                const double factor = left[k * term->along];                                                           \
+                const float *right = term->right + k * term->width + column;                                           \
+                for (int j = 0; j < next - i; j++) sum[j] += factor * right[j];                                        \
+            }                                                                                                          \
+            for (int j = 0; i < next; i++, j++) to[i] = (REAL)sum[j] * scale;                                          \
+        }                                                                                                              \
     }                                                                                                                  \
     INLINE void LEVEL(product_##REAL)(REAL *RESTRICT to, const Job *job, const Drawn *drawn, int t, int row,           \
                                       int64_t tile, int inside, int count, int one) {                                  \
@@ -93,8 +109,10 @@ static void LEVEL(draw)(Drawn *drawn, const Job *job, int64_t tile, int64_t low,
                 const uint32_t word = drawn->words[2 * row + half];                                                    \
                 for (int i = 0; i < 32; i++) to[32 * half + i] = word & BIT[i] ? -scale : scale;                       \
             }                                                                                                          \
-        } else                                                                                                         \
+        } else if (term->book < LOW_RANK)                                                                              \
             LEVEL(given_##REAL)(to, term, tile + row * ROW, inside, count);                                            \
+        else                                                                                                           \
+            LEVEL(factors_##REAL)(to, term, tile + row * ROW, inside, count);                                          \
         if (!one && term->limit)                                                                                       \
             for (int i = 0; i < ROW; i++) to[i] = drawn->kept[row] >> i & 1 ? to[i] : -(REAL)0;                        \
     }                                                                                                                  \

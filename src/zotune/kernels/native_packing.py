@@ -15,13 +15,14 @@ KEPT = 4  # packed terms: of an update and of a query
 MOST_TERMS = 256  # of one call, as in native.c; more go through the reference
 BOOKS = {"normal": 0, "rademacher": 1}
 GIVEN = {torch.float32: 2, torch.float64: 3, torch.bfloat16: 4}  # books of the numbers of a tensor
+LOW_RANK, LOW_RANK_FP32 = 5, 6
 EXACT = {torch.float32: 0, torch.float64: 1}
 BF16, BF16_CARRIED, BF16_SPLIT = 2, 3, 4
 # Elements, counted once for each term, for each thread after the first: measured, a second one breaks even at 50,000.
 WORTH_A_THREAD = 1 << 16
 ROOM = 8 * BASE_ROWS * WIDTH  # bytes for one term
 JOB = struct.Struct("@PPPPQqqqiiiiPPP")  # the structs of native.c, padding included
-TERM = struct.Struct("@IIiidIIP")
+TERM = struct.Struct("@IIiidIIPPqqqq")
 OUT = struct.Struct("@Pq")
 PLACE = struct.Struct("@PPQq")
 
@@ -47,9 +48,17 @@ class PackedTerms:
 
 def _packed(term: Term) -> bytes:
     limit, mask = (0, (0, 0)) if term.mask is None or term.mask.limit == LANES else (term.mask.limit, term.mask.key)
-    book = BOOKS[term.book] if term.numbers is None else GIVEN[term.numbers.dtype]
-    address = 0 if term.numbers is None else term.numbers.data_ptr()
-    return TERM.pack(*term.key, book, limit, float(term.scale), *mask, address)
+    head = (*term.key, _book(term), limit, float(term.scale), *mask)
+    if term.factors is not None:
+        left, right = term.factors.left, term.factors.right
+        return TERM.pack(*head, left.data_ptr(), right.data_ptr(), right.shape[1], right.shape[0], *left.stride())
+    return TERM.pack(*head, 0 if term.numbers is None else term.numbers.data_ptr(), 0, 0, 0, 0, 0)
+
+
+def _book(term: Term) -> int:
+    if term.factors is not None:
+        return LOW_RANK_FP32 if term.factors.single else LOW_RANK
+    return BOOKS[term.book] if term.numbers is None else GIVEN[term.numbers.dtype]
 
 
 def takes(*terms: Sequence[Term]) -> bool:
