@@ -65,32 +65,41 @@ INLINE void LEVEL(factors)(__m512 *made, const Term *term, int64_t from) {
     for (int i = 0; i < 4; i++) made[i] = _mm512_mul_ps(made[i], scale);
 }
 
+/* scale times what a term is made of, on one row; a mask is not in it. `numbers`: it is made of drawn numbers. */
+INLINE void LEVEL(product)(
+    __m512 *made, const Job *job, const Term *term, const Drawn *drawn, int row, int64_t tile, int numbers
+) {
+    const __m512 scale = _mm512_set1_ps((float)term->scale);
+    uint64_t flips;
+    if (numbers) {
+        const uint32_t name = drawn->words[row >> 1] >> (16 * (row & 1)) & 0xFFF;
+        const float *z = (const float *)job->scaled + ((term - job->term) * BASE + (name & (BASE - 1))) * ROW;
+        memcpy(&flips, walsh[name >> 5 & (ROW - 1)], 8);
+        flips ^= 0 - (uint64_t)(name >> 11);
+        for (int i = 0; i < 4; i++) made[i] = LEVEL(flipped)(_mm512_load_ps(z + 16 * i), flips, i);
+    } else if (term->book == SIGNS) {
+        memcpy(&flips, drawn->words + 2 * row, 8);
+        for (int i = 0; i < 4; i++) made[i] = LEVEL(flipped)(scale, flips, i);
+    } else if (term->book < LOW_RANK)
+        for (int i = 0; i < 4; i++) made[i] = _mm512_mul_ps(scale, LEVEL(given)(term, tile + row * ROW + 16 * i));
+    else
+        LEVEL(factors)(made, term, tile + row * ROW);
+}
+
 /* The terms of one row, as sum_float of native_loops.h. */
 INLINE LEVEL(Row) LEVEL(summed)(const Job *job, const Drawn *drawn, int row, int64_t tile, int one) {
-    LEVEL(Row) sum = {{_mm512_setzero_ps()}};
+    LEVEL(Row) sum;
     for (int t = 0; t < (one ? 1 : job->terms); t++, drawn++) {
-        const Term *own = job->term + t;
-        const int numbers = one || own->book == NUMBERS;
-        const uint32_t name = drawn->words[row >> 1] >> (16 * (row & 1)) & 0xFFF;
-        const float *z = (const float *)job->scaled + (t * BASE + (name & (BASE - 1))) * ROW;
-        const __m512 scale = _mm512_set1_ps((float)own->scale);
-        uint64_t flips = 0;
-        if (numbers || own->book == SIGNS) memcpy(&flips, numbers ? walsh[name >> 5 & (ROW - 1)] : drawn->words + 2 * row, 8);
-        if (numbers) flips ^= 0 - (uint64_t)(name >> 11);
-        __m512 low_rank[4];
-        if (!one && own->book >= LOW_RANK) LEVEL(factors)(low_rank, own, tile + row * ROW);
-        for (int part = 0; part < 4; part++) {
-            __m512 term;
-            if (!one && own->book >= LOW_RANK)
-                term = low_rank[part];
-            else if (!numbers && own->book > SIGNS)
-                term = _mm512_mul_ps(scale, LEVEL(given)(own, tile + row * ROW + 16 * part));
-            else
-                term = LEVEL(flipped)(numbers ? _mm512_load_ps(z + 16 * part) : scale, flips, part);
-            if (!one && own->limit)
-                term = _mm512_mask_mov_ps(_mm512_set1_ps(-0.0f), (__mmask16)(drawn->kept[row] >> 16 * part), term);
-            sum.part[part] = t ? _mm512_add_ps(sum.part[part], term) : term;
-        }
+        const Term *term = job->term + t;
+        __m512 made[4];
+        if (one || term->book == NUMBERS)
+            LEVEL(product)(made, job, term, drawn, row, tile, 1);
+        else
+            LEVEL(product)(made, job, term, drawn, row, tile, 0);
+        if (!one && term->limit)
+            for (int i = 0; i < 4; i++)
+                made[i] = _mm512_mask_mov_ps(_mm512_set1_ps(-0.0f), (__mmask16)(drawn->kept[row] >> 16 * i), made[i]);
+        for (int i = 0; i < 4; i++) sum.part[i] = t ? _mm512_add_ps(sum.part[i], made[i]) : made[i];
     }
     return sum;
 }
