@@ -168,6 +168,7 @@ class ZO(torch.optim.Optimizer):
         check_hyperparameters(self.param_groups)
         check_folding(self.folding.every, self.method, self.rule, self.param_groups)
         self.folding.check()
+        self.last = None  # its direction may hold factors of all matrices
         step, seed = self.step_number, self.seed
         queries, sites = _seed_of(seed, step), [slot.site for slot in self.weights]
         ctx = Context(

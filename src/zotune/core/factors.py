@@ -15,6 +15,11 @@ TABLE_CEILING = 4.0  # a power of two above every number of table noise, which e
 TABLE_RANK = 1 << 11  # up to here sums of products of table noise are exact in fp32: 83**2 * 2**11 < 2**24
 
 
+def by_columns(factor: Tensor) -> Tensor:
+    """A copy that lies in memory column after column: thin products read it like that, and then need no copy of theirs."""
+    return factor.t().clone(memory_format=torch.contiguous_format).t()
+
+
 @dataclass(frozen=True)
 class Factors:
     """One matrix as left (m, r) @ right (n, r).T. Make it with `Factors.of`, which puts both onto their grids.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zotune.core.factors import Sheet
+from zotune.core.factors import Sheet, by_columns
 from zotune.core.grids import grid_bits
 from zotune.core.low_rank import LowRank
 from zotune.core.workspace import workspace
@@ -40,7 +40,7 @@ class Frames:
     """Pairs of bases on grids of their rank, under the names of their sites."""
 
     def __init__(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Stack the shorter sides. `pairs` of this object holds views of the stacks: drop the tensors that came in.
+        """Stack the shorter sides. `pairs` of this object holds its own tensors: drop those that came in.
 
         Args:
             pairs: left (m, r) and right (n, r) by name, fp32, on grids of rank r.
@@ -60,7 +60,7 @@ class Frames:
         for (fresh, _), names in alike.items():
             side = 0 if fresh == "left" else 1
             shorter = torch.stack([pairs[name][side].T for name in names])
-            longer = tuple(pairs[name][1 - side] for name in names)
+            longer = tuple(by_columns(pairs[name][1 - side]) for name in names)
             groups.append(_Group(first, tuple(names), fresh, shorter, longer))
             first += len(names)
             for name, short, long in zip(names, shorter.transpose(1, 2).unbind(0), longer, strict=True):

@@ -56,10 +56,10 @@ class FreshFactors:
         compiled = backend_for(like.device).adds_low_rank(like.dtype)
         found: dict[str, Tensor] = {}
         for number, sheet in enumerate(self.leaves[0][0].sheets if self.leaves else ()):
-            sheets = [leaf.sheets[number].values.to(like.device) for leaf, _ in self.leaves]
-            values = torch.stack(sheets).to(torch.promote_types(like.dtype, torch.float32))
-            scales = _table([scales[first:last] for _, scales in self.leaves], values)
-            sums = torch.mm(scales, values).to(values.dtype if compiled else like.dtype)
+            wide = torch.empty(0, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+            sheets = [leaf.sheets[number].values.to(wide) for leaf, _ in self.leaves]
+            scales = _table([scales[first:last] for _, scales in self.leaves], wide)
+            sums = _summed(scales, sheets).to(wide.dtype if compiled else like.dtype)
             parts = torch.split(sums, list(sheet.sizes), 1)
             for name, part, (rows, columns) in zip(sheet.names, parts, sheet.shapes, strict=True):
                 whole = part[:, : rows * columns].view(-1, rows, columns)
@@ -118,6 +118,15 @@ def _alike(leaves: list[LowRank]) -> bool:
 
 def _same(one: Sheet, other: Sheet) -> bool:
     return one.laid_out_as(other) and all(a is b for a, b in zip(one.kept, other.kept, strict=True))
+
+
+def _summed(scales: Tensor, sheets: list[Tensor]) -> Tensor:
+    """(C, terms) @ (terms, n), without the stack of the sheets, which is as large as the sums."""
+    first, *rest = sheets
+    sums = torch.outer(scales[:, 0], first)
+    for number, values in enumerate(rest, start=1):
+        sums.addr_(scales[:, number], values)
+    return sums
 
 
 def _table(scales: list[list[Scalar]], like: Tensor) -> Tensor:

@@ -77,7 +77,8 @@ def _scaled(rows: str, scale: str, dtype: torch.dtype, device: torch.device) -> 
 
     The number is given as its hexadecimal digits: as a key, -0.0 would be 0.0.
     """
-    return BOOKS[rows](dtype, device) * float.fromhex(scale)
+    number, book = float.fromhex(scale), BOOKS[rows](dtype, device)
+    return book if number == 1.0 else book * number
 
 
 BOOKS = {"normal": normal_rows, "rademacher": sign_rows}

@@ -40,7 +40,7 @@ from torch import Tensor
 from zotune.core.context import Context, Estimate
 from zotune.core.direction import Direction
 from zotune.core.errors import ConfigError
-from zotune.core.factors import TABLE_CEILING, Factors, Sheet
+from zotune.core.factors import TABLE_CEILING, Factors, Sheet, by_columns
 from zotune.core.grids import on_grids
 from zotune.core.low_rank import LowRank, low_rank_or_noise, low_rank_shape, normal_sheet, one_thread
 from zotune.core.noise import Stream
@@ -102,7 +102,7 @@ class Lazy:
             sides = {name: (n, self.rank) for name, (_, n) in shapes.items()}
             flat, sizes = normal_sheet(source, sides, "right", kind)
             parts = zip(torch.split(flat, list(sizes)), sides.values(), strict=True)
-            v = [part[: n * r].view(n, r).clone() for part, (n, r) in parts]
+            v = [by_columns(part[: n * r].view(n, r)) for part, (n, r) in parts]
             v = v if kind != "gaussian" else on_grids(v, self.rank)[0]
             self._v = (source, kind), dict(zip(shapes, v, strict=True))
         return self._v[1]
