@@ -101,13 +101,16 @@ static void LEVEL(draw)(Drawn *drawn, const Job *job, int64_t tile, int64_t low,
             const REAL *z = (const REAL *)job->scaled + (t * BASE + (name & (BASE - 1))) * ROW;                        \
             for (int half = 0; half < 2; half++) {                                                                     \
                 const uint32_t word = walsh[name >> 5 & (ROW - 1)][half] ^ sign;                                       \
-                for (int i = 0; i < 32; i++) to[32 * half + i] = word & BIT[i] ? -z[32 * half + i] : z[32 * half + i]; \
+                const REAL *RESTRICT from = z + 32 * half;                                                             \
+                REAL *RESTRICT into = to + 32 * half;                                                                  \
+                for (int i = 0; i < 32; i++) into[i] = word & BIT[i] ? -from[i] : from[i];                             \
             }                                                                                                          \
         } else if (term->book == SIGNS) {                                                                              \
             const REAL scale = (REAL)term->scale;                                                                      \
             for (int half = 0; half < 2; half++) {                                                                     \
                 const uint32_t word = drawn->words[2 * row + half];                                                    \
-                for (int i = 0; i < 32; i++) to[32 * half + i] = word & BIT[i] ? -scale : scale;                       \
+                REAL *RESTRICT into = to + 32 * half;                                                                  \
+                for (int i = 0; i < 32; i++) into[i] = word & BIT[i] ? -scale : scale;                                 \
             }                                                                                                          \
         } else if (term->book < LOW_RANK)                                                                              \
             LEVEL(given_##REAL)(to, term, tile + row * ROW, inside, count);                                            \
