@@ -277,3 +277,14 @@ def test_a_late_move_along_a_learned_vector_is_not_late(native):
         made.update_all([(slot, lambda values, part: along.add_to(values, part), along)], late=True)
         learned.zero_()
         assert math.prod(SHAPE) == float(slot.tensor.sum())
+
+
+@pytest.mark.parametrize("level", range(4))
+@pytest.mark.parametrize("element", [5, 6, 40, 200, 4100])
+def test_a_limit_is_the_first_number_that_is_left_out(native, level, element):
+    bits_of_all = lanes(Stream((1, 2)), SimpleNamespace(id=7, start=0, count=SIZE, rows=None, width=1), CPU)
+    native.level(level)
+    for limit in (int(bits_of_all[element]), int(bits_of_all[element]) + 1):
+        out = torch.zeros(SIZE)
+        native.add(out, Run(7, 0, SIZE), (Term((3, 4), "rademacher", 1.0, Mask((1, 2), limit)),))
+        assert torch.equal(out != 0, bits_of_all < limit)

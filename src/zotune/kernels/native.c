@@ -23,6 +23,7 @@
 #define FOUR 4
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 #define INLINE static inline __attribute__((always_inline))
+#define NOT_INLINE __attribute__((noinline))
 #define RESTRICT __restrict__
 
 /* Books: drawn ones, numbers of a tensor, and left @ right of which every sum is exact: in fp64, or in fp32 already. */

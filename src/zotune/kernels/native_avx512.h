@@ -87,20 +87,26 @@ INLINE void LEVEL(product)(
 }
 
 /* The terms of one row, as sum_float of native_loops.h. */
-INLINE LEVEL(Row) LEVEL(summed)(const Job *job, const Drawn *drawn, int row, int64_t tile, int one) {
-    LEVEL(Row) sum;
-    for (int t = 0; t < (one ? 1 : job->terms); t++, drawn++) {
+static NOT_INLINE void LEVEL(sum_of_any)(LEVEL(Row) *sum, const Job *job, const Drawn *drawn, int row, int64_t tile) {
+    __m512 whole[4];
+    for (int t = 0; t < job->terms; t++, drawn++) {
         const Term *term = job->term + t;
         __m512 made[4];
-        if (one || term->book == NUMBERS)
-            LEVEL(product)(made, job, term, drawn, row, tile, 1);
-        else
-            LEVEL(product)(made, job, term, drawn, row, tile, 0);
-        if (!one && term->limit)
+        LEVEL(product)(made, job, term, drawn, row, tile, term->book == NUMBERS);
+        if (term->limit)
             for (int i = 0; i < 4; i++)
                 made[i] = _mm512_mask_mov_ps(_mm512_set1_ps(-0.0f), (__mmask16)(drawn->kept[row] >> 16 * i), made[i]);
-        for (int i = 0; i < 4; i++) sum.part[i] = t ? _mm512_add_ps(sum.part[i], made[i]) : made[i];
+        for (int i = 0; i < 4; i++) whole[i] = t ? _mm512_add_ps(whole[i], made[i]) : made[i];
     }
+    for (int i = 0; i < 4; i++) sum->part[i] = whole[i];
+}
+
+INLINE LEVEL(Row) LEVEL(summed)(const Job *job, const Drawn *drawn, int row, int64_t tile, int one) {
+    LEVEL(Row) sum;
+    if (one)
+        LEVEL(product)(sum.part, job, job->term, drawn, row, tile, 1);
+    else
+        LEVEL(sum_of_any)(&sum, job, drawn, row, tile);
     return sum;
 }
 

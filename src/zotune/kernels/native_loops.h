@@ -119,14 +119,21 @@ static void LEVEL(draw)(Drawn *drawn, const Job *job, int64_t tile, int64_t low,
         if (!one && term->limit)                                                                                       \
             for (int i = 0; i < ROW; i++) to[i] = drawn->kept[row] >> i & 1 ? to[i] : -(REAL)0;                        \
     }                                                                                                                  \
-    INLINE void LEVEL(sum_##REAL)(REAL *RESTRICT sum, const Job *job, const Drawn *drawn, int row, int64_t tile,       \
-                                  int inside, int count, int one) {                                                    \
-        LEVEL(product_##REAL)(sum, job, drawn, 0, row, tile, inside, count, one);                                      \
-        for (int t = 1; t < (one ? 1 : job->terms); t++) {                                                             \
+    static NOT_INLINE void LEVEL(sum_of_any_##REAL)(REAL *RESTRICT sum, const Job *job, const Drawn *drawn, int row,   \
+                                                    int64_t tile, int inside, int count) {                             \
+        LEVEL(product_##REAL)(sum, job, drawn, 0, row, tile, inside, count, 0);                                        \
+        for (int t = 1; t < job->terms; t++) {                                                                         \
             REAL next[ROW];                                                                                            \
             LEVEL(product_##REAL)(next, job, drawn + t, t, row, tile, inside, count, 0);                               \
             for (int i = 0; i < ROW; i++) sum[i] += next[i];                                                           \
         }                                                                                                              \
+    }                                                                                                                  \
+    INLINE void LEVEL(sum_##REAL)(REAL *RESTRICT sum, const Job *job, const Drawn *drawn, int row, int64_t tile,       \
+                                  int inside, int count, int one) {                                                    \
+        if (one)                                                                                                       \
+            LEVEL(product_##REAL)(sum, job, drawn, 0, row, tile, inside, count, 1);                                    \
+        else                                                                                                           \
+            LEVEL(sum_of_any_##REAL)(sum, job, drawn, row, tile, inside, count);                                       \
     }                                                                                                                  \
     INLINE void LEVEL(add_##REAL)(const Job *job, const REAL *sum, int64_t at, int count) {                            \
         const REAL *stored = (const REAL *)job->stored + at;                                                           \
