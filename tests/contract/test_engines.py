@@ -1,6 +1,7 @@
 """Contracts 2, 3, 8, 9 for every engine, on every shape of model, in every precision."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -493,6 +494,22 @@ def test_memory_of_a_step():
         extra[engine] = peak_bytes(lambda opt=opt: opt.step(closure)) - forward
     assert extra["layerwise"] < 3 * layer
     assert 16 * layer < extra["in_place"] < 19 * layer
+
+
+def test_the_factors_of_the_last_step_are_gone_when_the_next_one_asks():
+    """What the last step found may hold a factor of every matrix; it is there until then, for who wants to look."""
+    model, alive = nn.Linear(8, 8), []
+
+    def closure():
+        alive.append(None if found is None else found() is not None)
+        return model(torch.ones(2, 8)).sum()
+
+    opt, found = ZO(model.named_parameters(), "lozo", lr=1e-3, engine="layerwise"), None
+    opt.step(closure)
+    assert opt.last is not None
+    found = weakref.ref(opt.last.estimate.direction)
+    opt.step(closure)
+    assert set(alive) == {None, False}
 
 
 def test_memory_of_a_large_head_and_embedding(monkeypatch):

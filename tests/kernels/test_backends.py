@@ -114,6 +114,18 @@ def test_add(native, data, seed, terms):
     same(ours, expected)
 
 
+@pytest.mark.parametrize("book", ["normal", "rademacher"])
+def test_one_and_minus_one(native, book):
+    """Scales that need no product."""
+    run = Run(7, 0, 1 << 15)  # enough for a scaled codebook
+    for backend in (native, REFERENCE):
+        plus, minus, twice = (torch.zeros(run.count) for _ in "abc")
+        for out, scale in ((plus, 1.0), (minus, -1.0), (twice, 2.0)):
+            backend.add(out, run, [Term((1, 2), book, scale)])
+        assert torch.equal(plus, -minus)
+        assert torch.equal(plus, twice / 2)
+
+
 @pytest.mark.usefixtures("every_call_may_wake_threads")
 @given(data=st.data(), seed=st.integers(0, 99), terms=SEVERAL, dtype=DTYPES)
 def test_perturb(native, data, seed, terms, dtype):

@@ -202,6 +202,8 @@ LONG_WAY = {
     "a mask twice": 0.1 * Masked(SPARSE, stream(0, "other"), {"w": 0.5}),
     "turned": 0.1 * Stored({"w": LEARNED.tensors["w"].t().contiguous().t()}),
     "of a part": 0.1 * Stored({"w": LEARNED.tensors["w"][:5].contiguous()}),
+    "low-rank of another size": 0.1 * LowRank({"w": Factors.of(torch.randn(37, 3), torch.randn(64, 3))}),
+    "more masks than a call takes": Combination(((0.1, SPARSE),) * (native_packing.MOST_TERMS + 1)),
     "fp16": 0.1 * Stored({"w": LEARNED.tensors["w"].to(FP16)}),
 }
 

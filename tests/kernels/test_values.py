@@ -35,10 +35,12 @@ def prepare(native, setting):
 def test_read(native, setting, count, dtype, carry, seed):
     stored, carried = numbers(count, dtype, seed), low_bits(count, seed) if carry else None
     ours, expected = torch.empty(count), torch.empty(count)
+    before = ours._version
     prepare(native, setting)
     native.read(stored, carried, ours)
     REFERENCE.read(stored, carried, expected)
     same(ours, expected)
+    assert ours._version > before  # autograd is told
 
 
 @given(SETTINGS, COUNTS, st.sampled_from([BF16, FP16]), st.integers(0, 99))
@@ -114,3 +116,20 @@ def test_the_kernels_look_at_what_they_are_given(native):
         native.write(torch.zeros(5), torch.zeros(5, dtype=BF16), torch.zeros(4, dtype=torch.int16))
     with pytest.raises(ValueError, match="contiguous"):
         native.moments(torch.zeros(5, dtype=BF16), 0.0)
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_halves_are_rounded_away_from_zero(native, level):
+    """Then the carried bits are all that is left: no number in the middle between two bf16 numbers is lost."""
+    high = torch.arange(-(2**15), 2**15 - 1, 7, dtype=torch.int32) << 16
+    values = torch.cat([(high | low).view(FP32) for low in (0x7FFF, 0x8000, 0x8001)])
+    values = values[values.isfinite()]
+    ours, expected = ((torch.empty(len(values), dtype=BF16), torch.empty(len(values), dtype=torch.int16)) for _ in "ab")
+    native.level(level)
+    native.write(values, *ours)
+    REFERENCE.write(values, *expected)
+    same(ours[0], expected[0])
+    same(ours[1], expected[1])
+    back = torch.empty_like(values)
+    native.read(*ours, back)
+    same(back, values)

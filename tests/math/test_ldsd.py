@@ -400,6 +400,16 @@ def test_nearest_rounding_of_what_fits_is_exact():
     assert torch.equal(mean.realise(site), torch.full((70, 5), 0.5))
 
 
+@pytest.mark.parametrize("keep", [1.0, 0.75])
+def test_a_move_of_the_full_mean_is_what_it_says(keep):
+    """Powers of two and what the kernels add: exact."""
+    mean, site = placed_mean("fp32")
+    z = Noise(stream(1))
+    mean.move(0.5 * z, 1.0, stream(2))
+    mean.move(0.25 * z, keep, stream(3))
+    assert torch.equal(mean.realise(site), (0.5 * keep + 0.25) * z.realise(site))
+
+
 def test_a_mean_of_another_form_is_refused():
     _, _, opt = _run(LDSD(mean="bf16"))
     with pytest.raises(ConfigError, match="kept in 'bf16'"):

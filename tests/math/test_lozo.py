@@ -135,6 +135,16 @@ def test_forwards_and_bytes_are_as_declared(momentum):
     assert sum(n.nbytes for n in kept) == method.extra_bytes(ctx.sites) - v == (2 * 12 * 3 * 4 if momentum else 0)
 
 
+@pytest.mark.parametrize("noise", ["normal", "gaussian"])
+def test_v_lies_as_thin_products_read_it(noise):
+    """Else each layer would keep a copy of its own."""
+    _, _, ctx = estimate_of(LOZO(rank=3), weights(), lambda w: float(w["a"].sum()))
+    ctx._kind = noise
+    sides = Lazy(3).kept(ctx, 0)
+    assert sides
+    assert all(side.t().is_contiguous() and side.untyped_storage().nbytes() == side.nbytes for side in sides.values())
+
+
 def test_state_is_copied_and_survives_loading(tmp_path):
     method, tensors = LOZO(rank=2, momentum=0.9), weights()
     estimate_of(method, tensors, lambda w: float(w["a"].sum()), step=120)
