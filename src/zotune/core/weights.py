@@ -1,7 +1,8 @@
 """The trained tensors: what is evaluated near them, and how an update reaches them. `core.storage` keeps their values.
 
-Directions of table noise are drawn, added and rounded by the kernels in one pass over memory; any other direction is
-added to full-precision values a chunk at a time, which gives the same bits.
+Directions that the device's kernels take (table noise; on the CPU also through masks, stored numbers and thin factors) are
+made, added and rounded in one pass over memory; any other is added to full-precision values a chunk at a time, which gives
+the same bits.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

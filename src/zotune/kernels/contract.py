@@ -1,6 +1,7 @@
 """What a back end of the fused kernels does: table noise is made, multiplied and added in one pass over memory.
 
-Functions on one run of elements (or on chosen rows) of one site. All back ends give the same bits: each product
+Functions on one run of elements (or on chosen rows) of one site. A back end may take more than noise (`Backend.takes`): noise
+through a mask, numbers of a tensor, products of thin factors. All back ends give the same bits: each product
 scale * z is rounded to the precision of the sum; several are summed in their order, starting from -0.0; the sum is added to the
 value with one rounding; nothing is contracted into a fused multiply-add. Precision is fp32 (fp64 for fp64 tensors).
 

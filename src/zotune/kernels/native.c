@@ -1,4 +1,5 @@
-/* Table noise made, multiplied and added in one pass over memory: the compiled back end of kernels/contract.py.
+/* Table noise (and masked noise, numbers of tensors, thin factors) made, multiplied and added in one pass over memory: the
+   compiled back end of kernels/contract.py.
 
    Plain C99, no Python headers; kernels/native.py calls it with ctypes and hands over the codebook and the threads.
    The bits are those of kernels/reference.py. The loops are in native_loops.h.
