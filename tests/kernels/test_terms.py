@@ -57,6 +57,7 @@ class Twin(ReferenceBackend):
         return torch.where(kept, made, torch.tensor(-0.0, dtype=made.dtype))
 
 
+pytestmark = pytest.mark.usefixtures("every_setting")
 TWIN = Twin()
 
 
@@ -108,14 +109,6 @@ def a_run(draw):
         return Run(site, 0, 0, torch.tensor(rows), WIDTH)
     start = draw(st.one_of(st.integers(0, SIZE - 1), st.sampled_from([0, 63, 64, 4095, 4096])))
     return Run(site, start, draw(st.integers(1, SIZE - start)))
-
-
-@pytest.fixture(autouse=True)
-def _threads(monkeypatch, native):
-    monkeypatch.setattr(native_packing, "WORTH_A_THREAD", 1)
-    yield
-    torch.set_num_threads(1)
-    native.level()
 
 
 @given(data=st.data(), seed=st.integers(0, 99), dtype=st.sampled_from([FP32, FP64]))

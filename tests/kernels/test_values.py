@@ -8,21 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.kernels.test_backends import SETTINGS, low_bits, numbers, same
 
-from zotune.kernels import native_packing
 from zotune.kernels.moments import PIECE, piece_sums
 from zotune.kernels.reference import ReferenceBackend
 
+pytestmark = pytest.mark.usefixtures("every_setting")
 REFERENCE = ReferenceBackend()
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 COUNTS = st.one_of(st.integers(0, 5000), st.sampled_from([1, 63, 64, 65, 128]))
-
-
-@pytest.fixture(autouse=True)
-def _threads(monkeypatch, native):
-    monkeypatch.setattr(native_packing, "WORTH_A_THREAD", 1)
-    yield
-    torch.set_num_threads(1)
-    native.level()
 
 
 def prepare(native, setting):
