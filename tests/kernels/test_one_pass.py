@@ -10,7 +10,7 @@ from tests.support.models import bits
 from torch import nn
 
 from zotune.core.context import Estimate
-from zotune.core.direction import Combination, Noise, Scaled, Stored, table_terms
+from zotune.core.direction import Combination, Noise, Scaled, Stored, kernel_terms
 from zotune.core.noise import stream
 from zotune.core.site import Site
 from zotune.core.weights import STORAGES, Weights
@@ -89,24 +89,24 @@ def long_way(slot, part, point):
 def test_which_directions_are_one_pass():
     site = Site("w", SHAPE)
     both = 0.5 * A - 2.0 * Scaled(B, {"w": 3.0})
-    assert [(t.key, t.book, t.scale) for t in table_terms(both, site, CPU, 2.0)] == [
+    assert [(t.key, t.book, t.scale) for t in kernel_terms(both, site, CPU, 2.0)] == [
         (A.source.key, "normal", 1.0),
         (B.source.key, "rademacher", -12.0),
     ]
-    assert table_terms(Combination(), site, CPU) == ()
-    assert table_terms(Scaled(A, {"w": 0.0}), site, CPU) == ()
-    assert table_terms(A + GAUSSIAN, site, CPU) is None
-    assert table_terms(Combination(((1.0, A), (1.0, A + B))), site, CPU) is None  # a sum of sums is rounded twice
+    assert kernel_terms(Combination(), site, CPU) == ()
+    assert kernel_terms(Scaled(A, {"w": 0.0}), site, CPU) == ()
+    assert kernel_terms(A + GAUSSIAN, site, CPU) is None
+    assert kernel_terms(Combination(((1.0, A), (1.0, A + B))), site, CPU) is None  # a sum of sums is rounded twice
 
 
 def test_terms_that_are_the_same_everywhere_are_made_once():
     one, other = Site("w", SHAPE), Site("v", (3,))
     everywhere, here_only = 0.5 * A - 2.0 * B, 0.5 * Scaled(A, {"w": 3.0})
     assert everywhere.uniform
-    assert table_terms(everywhere, one, CPU) is table_terms(everywhere, other, CPU)
-    assert [t.scale for t in table_terms(everywhere, one, CPU, 2.0)] == [1.0, -4.0]  # another scale, other terms
+    assert kernel_terms(everywhere, one, CPU) is kernel_terms(everywhere, other, CPU)
+    assert [t.scale for t in kernel_terms(everywhere, one, CPU, 2.0)] == [1.0, -4.0]  # another scale, other terms
     assert not here_only.uniform
-    assert [table_terms(here_only, site, CPU)[0].scale for site in (one, other)] == [1.5, 0.5]
+    assert [kernel_terms(here_only, site, CPU)[0].scale for site in (one, other)] == [1.5, 0.5]
     assert not (everywhere + 1.0 * Stored({"w": torch.ones(SHAPE)})).uniform
 
 

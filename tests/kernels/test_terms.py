@@ -12,7 +12,7 @@ from tests.kernels.test_backends import SCALES, SITES, WORDS, low_bits, numbers,
 from tests.support.models import bits
 from torch import nn
 
-from zotune.core.direction import Combination, Noise, Scaled, Stored, table_terms
+from zotune.core.direction import Combination, Noise, Scaled, Stored, kernel_terms
 from zotune.core.factors import Factors
 from zotune.core.low_rank import LowRank
 from zotune.core.masked import Masked
@@ -204,21 +204,21 @@ LONG_WAY = {
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_what_the_kernels_take(native, name):
     with using(native):
-        assert table_terms(DIRECTIONS[name], SITE, CPU)
+        assert kernel_terms(DIRECTIONS[name], SITE, CPU)
     with using(ReferenceBackend()):
         drawn = name == "all are kept"
-        assert bool(table_terms(DIRECTIONS[name], SITE, CPU)) == drawn
+        assert bool(kernel_terms(DIRECTIONS[name], SITE, CPU)) == drawn
 
 
 @pytest.mark.parametrize("name", LONG_WAY)
 def test_what_they_do_not(native, name):
     with using(native):
-        assert table_terms(LONG_WAY[name], SITE, CPU) is None
+        assert kernel_terms(LONG_WAY[name], SITE, CPU) is None
 
 
 def test_zero_where_nothing_is_kept(native):
     with using(native):
-        assert table_terms(0.1 * Masked(A, stream(0, "mask"), {"w": 0.0}), SITE, CPU) == ()
+        assert kernel_terms(0.1 * Masked(A, stream(0, "mask"), {"w": 0.0}), SITE, CPU) == ()
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP64, BF16, FP16], ids=str)

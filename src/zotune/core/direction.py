@@ -171,7 +171,7 @@ class Combination(Direction):
         terms = [(scale * coefficient, inner) for coefficient, inner in self.terms if inner.touches(site)]
         if len(terms) == 1:
             terms[0][1].add_to(out, site, terms[0][0])
-        elif terms and out.is_contiguous() and (table := table_terms(self, site, out.device, scale)):
+        elif terms and out.is_contiguous() and (table := kernel_terms(self, site, out.device, scale)):
             backend_for(out.device).add(out.view(-1), run_of(site, out.device), table)
         elif terms and (site.rows is not None or not out.is_contiguous()):
             out.add_(_sum(terms, site, out).view(out.shape))
@@ -212,7 +212,9 @@ class Combination(Direction):
 HERE = Combination()  # the point that means the current weights
 
 
-def table_terms(direction: Direction, site: Site, device: torch.device, scale: Scalar = 1.0) -> tuple[Term, ...] | None:
+def kernel_terms(
+    direction: Direction, site: Site, device: torch.device, scale: Scalar = 1.0
+) -> tuple[Term, ...] | None:
     """The direction on a site as the device's kernels add it in one pass; None unless it is a flat sum of what they take.
 
     Adding these terms is the same as `direction.add_to(out, site, scale)`, bit for bit; () where it is zero.

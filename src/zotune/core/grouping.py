@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zotune.core.direction import Direction, table_terms
+from zotune.core.direction import Direction, kernel_terms
 from zotune.core.site import Site
 from zotune.kernels.contract import Term
 
@@ -31,7 +31,7 @@ class Draws:
 
 
 def _grouped(points: Sequence[Direction], part: Site, device: torch.device) -> Grouped:
-    drawn = [table_terms(point, part, device) for point in points]
+    drawn = [kernel_terms(point, part, device) for point in points]
     waiting = [k for k, terms in enumerate(drawn) if terms]
     draws = []
     while waiting:  # those that are one draw, with either sign, are written together

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from zotune.core.direction import Direction, table_terms
+from zotune.core.direction import Direction, kernel_terms
 from zotune.core.errors import ConfigError, ParameterError
 from zotune.core.grouping import Draws
 from zotune.core.noise import CHUNK, run_of
@@ -69,7 +69,7 @@ class Weights:
 
     def perturb(self, slot: Slot, part: Site, point: Direction, out: Tensor) -> None:
         """out = round(value + point) for a part of a site; `out` may be the stored tensor itself."""
-        terms = table_terms(point, part, slot.tensor.device) if _dense(slot, part, [out]) else None
+        terms = kernel_terms(point, part, slot.tensor.device) if _dense(slot, part, [out]) else None
         if terms:
             self._in_one_pass(slot, part, terms, [(out, 1.0)])
             return
@@ -196,7 +196,7 @@ def _as_addition(slot: Slot, along: Direction | None) -> Addition | None:
     """What the kernels need to know to add a direction; None if they cannot."""
     if along is None or not isinstance(slot.storage, (Carried, Exact)) or not _dense(slot, slot.site, []):
         return None
-    terms = table_terms(along, slot.site, slot.tensor.device)
+    terms = kernel_terms(along, slot.site, slot.tensor.device)
     return _addition(slot, terms) if terms else None
 
 

@@ -40,7 +40,7 @@ from zotune.kernels.native_packing import (
 )
 from zotune.kernels.native_prepared import NativePrepared
 from zotune.kernels.native_thin import DTYPES, add_thin
-from zotune.kernels.native_values import declare, moments, move, simple
+from zotune.kernels.native_values import copy_values, declare, in_memory, moments
 from zotune.kernels.openmp import find_runtime
 from zotune.kernels.prepared import Prepared
 from zotune.kernels.reference import ReferenceBackend
@@ -224,16 +224,16 @@ class NativeBackend(Composed):
 
     def read(self, stored: Tensor, carried: Tensor | None, out: Tensor) -> None:
         """See `Backend.read`."""
-        if stored.dtype == torch.bfloat16 and simple(stored, carried, out):
-            move(self._library.zotune_read, stored, carried, out)
+        if stored.dtype == torch.bfloat16 and in_memory(stored, carried, out):
+            copy_values(self._library.zotune_read, stored, carried, out)
             written([out])
         else:
             super().read(stored, carried, out)
 
     def write(self, values: Tensor, stored: Tensor, carried: Tensor) -> None:
         """See `Backend.write`."""
-        if stored.dtype == torch.bfloat16 and simple(stored, carried, values):
-            move(self._library.zotune_write, stored, carried, values)
+        if stored.dtype == torch.bfloat16 and in_memory(stored, carried, values):
+            copy_values(self._library.zotune_write, stored, carried, values)
             written([stored, carried])
         else:
             super().write(values, stored, carried)

@@ -20,12 +20,12 @@ def declare(library: Any) -> None:
     library.zotune_moments.restype = None
 
 
-def simple(*tensors: Tensor | None) -> bool:
+def in_memory(*tensors: Tensor | None) -> bool:
     """Whether these lie in the CPU's memory, one number after the other."""
     return all(tensor is None or (tensor.is_cpu and tensor.is_contiguous()) for tensor in tensors)
 
 
-def move(function: Any, stored: Tensor, carried: Tensor | None, values: Tensor) -> None:
+def copy_values(function: Any, stored: Tensor, carried: Tensor | None, values: Tensor) -> None:
     """`zotune_read` or `zotune_write`."""
     count = stored.numel()
     check(stored, torch.bfloat16, count)
