@@ -12,9 +12,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch.optim uses it: does not import dynamo
 
 from zotune.core.context import AskExamples, Context, Estimate
-from zotune.core.direction import Combination, Direction, Scaled
+from zotune.core.direction import Direction
 from zotune.core.errors import ClosureError, ConfigError
-from zotune.core.ledger import Ledger, sites_hash
+from zotune.core.ledger import Entry, Ledger, sites_hash
 from zotune.core.noise import check_kind, stream
 from zotune.core.site import Site
 from zotune.core.step import Closure, Engine, Method, Outcome, Rule, settle
@@ -23,18 +23,21 @@ from zotune.engines import make_engine
 from zotune.folding import Folding
 from zotune.methods import make_method
 from zotune.parameters import (
+    HYPERPARAMETERS,
     check_folding,
     check_hyperparameters,
     default_eps,
+    eps_factors,
+    hyperparameters_of,
     makes_low_rank,
     named_groups,
+    trial_of,
     warn_small_eps,
 )
 from zotune.rules import make_rule
 from zotune.saving import describe, refuse_lost_moves, take_up_tensors
 
 PATIENCE = 10  # steps in a row whose numbers are not finite before the run is stopped
-HYPERPARAMETERS = ("lr", "eps", "weight_decay")
 
 
 class ZO(torch.optim.Optimizer):
@@ -179,9 +182,11 @@ class ZO(torch.optim.Optimizer):
             ask=lambda points: self.engine.losses(self.folding.displaced(points, sites), closure, queries),
             weight=self.folding.weight,
             kind=self.noise,
-            factors=self._eps_factors(),
+            factors=eps_factors(self.param_groups),
             slope=self._slope(closure, queries),
-            trial=self._trial if "trial" in self.method.needs else None,
+            trial=partial(trial_of, self.method, self.rule, self.param_groups)
+            if "trial" in self.method.needs
+            else None,
             ask_examples=self._ask_examples(closure, queries),
         )
         estimate = ctx.read(self.method.estimate(ctx))
@@ -194,9 +199,11 @@ class ZO(torch.optim.Optimizer):
         """Write pending moves into the module's tensors, which lag until then; does nothing if nothing is pending.
 
         Steps that are multiples of `fold_every` do it themselves, and so does a step whose factors have nothing in common
-        with what is pending. A fold at another step rounds at another step too, which a replay of the ledger does not
-        know of: call it when the run has ended; to look at the weights in between, use `folded`.
+        with what is pending. A fold of factors at another step rounds at another step too, so the ledger is told, and a
+        replay folds there as well. To look at the weights in between without changing the run, use `folded`.
         """
+        if self.ledger is not None and self.folding.pending:
+            self.ledger.fold(self.describe, self.step_number)
         self.folding.fold(self.seed, self.step_number)
         self._count_step()
 
@@ -248,18 +255,6 @@ class ZO(torch.optim.Optimizer):
         ask = getattr(self.engine, "example_losses", None)
         return None if ask is None else lambda points: ask(points, closure, seed)
 
-    def _trial(self, direction: Direction) -> Direction:
-        """Where the rule would move the weights, on all groups."""
-        if any(float(group["weight_decay"]) for group in self.param_groups):
-            raise ConfigError(
-                f"Method {self.method.name!r} tries steps of the rule, which weight decay would falsify: set it to 0."
-            )
-        trials = [self.rule.trial(direction, group) for group in self.param_groups]
-        if len(trials) == 1:
-            return trials[0]
-        names = [dict.fromkeys(group["param_names"], 1.0) for group in self.param_groups]
-        return Combination(tuple((1.0, Scaled(t, n, otherwise=0.0)) for t, n in zip(trials, names, strict=True)))
-
     def _move(self, estimate: Estimate) -> None:
         estimate = self.rule.prepare(estimate)
         self._counts["updates"] += 1
@@ -286,8 +281,9 @@ class ZO(torch.optim.Optimizer):
 
     def _record(self, outcome: Outcome) -> None:
         if self.ledger is not None:
-            loss = float(outcome.estimate.loss)
-            self.ledger.append(self.describe, self.step_number, loss, outcome.losses, self._hyperparameters())
+            loss, groups = float(outcome.estimate.loss), hyperparameters_of(self.param_groups)
+            entry = Entry(self.step_number, loss, list(outcome.losses), groups)
+            self.ledger.append(self.describe, entry, pending=bool(self.folding.pending))
 
     def _count_refusals(self, outcome: Outcome) -> None:
         self._counts["refused"] += not outcome.accepted
@@ -358,22 +354,10 @@ class ZO(torch.optim.Optimizer):
 
     def describe(self) -> dict[str, Any]:
         """What a ledger's header says: enough to make the same optimizer again."""
-        return {**describe(self), "sites": sites_hash(self._named()), "groups": self._hyperparameters()}
-
-    # ------------------------------------------------------------------------------------------------------------------
+        return {**describe(self), "sites": sites_hash(self._named()), "groups": hyperparameters_of(self.param_groups)}
 
     def _named(self) -> list[tuple[str, Tensor]]:
         return [pair for group in self.param_groups for pair in zip(group["param_names"], group["params"], strict=True)]
-
-    def _hyperparameters(self) -> list[dict[str, float]]:
-        return [{key: float(group[key]) for key in HYPERPARAMETERS} for group in self.param_groups]
-
-    def _eps_factors(self) -> dict[str, float] | None:
-        """Groups with their own eps: the direction is scaled on their tensors."""
-        eps = float(self.param_groups[0]["eps"])
-        if all(float(group["eps"]) == eps for group in self.param_groups):
-            return None
-        return {name: float(group["eps"]) / eps for group in self.param_groups for name in group["param_names"]}
 
 
 def _seed_of(seed: int, step: int) -> int:

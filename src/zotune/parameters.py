@@ -1,13 +1,14 @@
-"""What may be handed to ZO, and what is refused before any work starts."""
+"""What may be handed to ZO, what is refused before any work starts, and what the parameter groups say."""
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zotune.core.direction import Combination, Direction, Scaled
 from zotune.core.errors import ConfigError, ParameterError
 from zotune.core.factors import Factors
 from zotune.core.low_rank import LowRank
@@ -16,6 +17,7 @@ from zotune.core.site import Site, canonical_name
 from zotune.core.step import Method, Rule
 from zotune.methods.sources import SOURCES
 
+HYPERPARAMETERS = ("lr", "eps", "weight_decay")
 TRAINABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Rounding noise of the slope over the slope is about this constant over eps. Measured elsewhere for bf16 forwards of
 # SmolLM2-135M on text: 3.8 % at eps 1e-2, 36 % at 1e-3, 335 % at 1e-4 (benchmarks/rounding.py, on random tokens, finds up
@@ -107,6 +109,36 @@ def check_hyperparameters(groups: Iterable[dict[str, Any]]) -> None:
             value = float(group[key])
             if not (math.isfinite(value) and good(value)):
                 raise ConfigError(f"{key} must be {needed}; got {value}.")
+
+
+def hyperparameters_of(groups: Iterable[dict[str, Any]]) -> list[dict[str, float]]:
+    """What a ledger says of each group."""
+    return [{key: float(group[key]) for key in HYPERPARAMETERS} for group in groups]
+
+
+def eps_factors(groups: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """Groups with their own eps: the direction is scaled on their tensors."""
+    eps = float(groups[0]["eps"])
+    if all(float(group["eps"]) == eps for group in groups):
+        return None
+    return {name: float(group["eps"]) / eps for group in groups for name in group["param_names"]}
+
+
+def trial_of(method: Method, rule: Rule, groups: Sequence[dict[str, Any]], direction: Direction) -> Direction:
+    """Where the rule would move the weights, on all groups: for methods that try steps.
+
+    Raises:
+        ConfigError: a group's weights decay.
+    """
+    if any(float(group["weight_decay"]) for group in groups):
+        raise ConfigError(
+            f"Method {method.name!r} tries steps of the rule, which weight decay would falsify: set it to 0."
+        )
+    trials = [rule.trial(direction, group) for group in groups]
+    if len(trials) == 1:
+        return trials[0]
+    names = [dict.fromkeys(group["param_names"], 1.0) for group in groups]
+    return Combination(tuple((1.0, Scaled(t, n, otherwise=0.0)) for t, n in zip(trials, names, strict=True)))
 
 
 def check_folding(fold_every: int, method: Method, rule: Rule, groups: Iterable[dict[str, Any]]) -> None:

@@ -14,8 +14,8 @@ def replay(opt: ZO, entries: Sequence[Entry], progress: Callable[[int], None] | 
 
     Args:
         opt: made as the run's optimizer was, standing at the first entry's step.
-        entries: steps, in order. Those before the optimizer's step are skipped. Moves that were pending at the end of
-            them are pending again: `opt.fold()` writes them into the tensors.
+        entries: steps, in order. Those before the optimizer's step are skipped. Where the run was folded, so is this
+            one; moves that were pending at the end are pending again: `opt.fold()` writes them into the tensors.
         progress: called with each step's number.
 
     Raises:
@@ -24,6 +24,8 @@ def replay(opt: ZO, entries: Sequence[Entry], progress: Callable[[int], None] | 
     engine, ledger = opt.engine, opt.ledger
     opt.ledger = None
     try:
+        if any(entry.folded for entry in entries[: opt.step_number][-1:]):  # maybe after the state `opt` has was saved
+            opt.fold()
         for entry in entries[opt.step_number :]:
             for group, hyperparameters in zip(opt.param_groups, entry.groups, strict=True):
                 group.update(hyperparameters)
@@ -32,6 +34,8 @@ def replay(opt: ZO, entries: Sequence[Entry], progress: Callable[[int], None] | 
             opt.engine = recorded
             opt.step(_no_model)
             recorded.close()
+            if entry.folded:
+                opt.fold()
             if progress is not None:
                 progress(entry.step)
     finally:

@@ -165,7 +165,7 @@ def _finish(
     job.folder.save_model(job.model, job.tokenizer)
     digest = weights_hash((name, slot.tensor) for name, slot in opt.weights.slots.items())
     if opt.ledger is not None:
-        opt.ledger.end(opt.step_number, digest)
+        opt.ledger.end(opt.describe, opt.step_number, digest)
         opt.ledger.close()
     ledger = read_ledger(job.folder.ledger)
     draw_curves(ledger, metrics, job.folder.curves, title=f"{job.config.model} on {job.config.task}, {opt.method.name}")

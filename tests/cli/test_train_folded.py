@@ -63,6 +63,7 @@ def test_killed_and_resumed_and_replayed_to_the_same_bits(run, tiny, tmp_path, p
     assert metrics(whole) == metrics(killed)
     ledgers = [read_ledger(folder / "ledger.jsonl") for folder in (whole, killed)]
     assert ledgers[0].entries == ledgers[1].entries
+    assert ledgers[0].weights == ledgers[1].weights is not None, "resumed with no step left, it says its end too"
     assert ledgers[0].header["rule"] == {"name": "sgd", "fold_every": 3}
     printed = run("replay", "--base", tiny[0], "--ledger", whole / "ledger.jsonl", "--out", tmp_path / "again").output
     assert "equal to the trained model's" in " ".join(printed.split())

@@ -19,7 +19,7 @@ from tests.support.models import CASES, assert_same_bits, snapshot
 from torch import nn
 
 from zotune.core.errors import ClosureError, LedgerError
-from zotune.core.ledger import Ledger, read_ledger, sites_hash, weights_hash
+from zotune.core.ledger import Entry, Ledger, read_ledger, sites_hash, weights_hash
 from zotune.optimizer import PATIENCE, ZO
 from zotune.replaying import optimizer_for, replay
 
@@ -104,8 +104,8 @@ def test_losses_are_read_back_exactly(path):
     ledger = Ledger(path)
     numbers = [0.1, 1 / 3, 1e-310, -0.0, 123456789.12345679, math.pi]
     header = lambda: {"ledger": 1, "groups": [{"lr": 0.1}]}  # noqa: E731
-    ledger.append(header, 0, numbers[0], numbers, [{"lr": 0.1}])
-    ledger.append(header, 1, math.nan, [math.inf, -math.inf, math.nan], [{"lr": 0.1 / 3}])
+    ledger.append(header, Entry(0, numbers[0], numbers, [{"lr": 0.1}]))
+    ledger.append(header, Entry(1, math.nan, [math.inf, -math.inf, math.nan], [{"lr": 0.1 / 3}]))
     entries = read_ledger(path).entries
     assert [v.hex() for v in entries[0].losses] == [v.hex() for v in numbers]
     assert entries[1].losses[:2] == [math.inf, -math.inf]
@@ -169,6 +169,15 @@ def test_a_line_of_another_shape_is_an_error_that_says_so(path, line):
     whole = lines(path)
     path.write_text("".join([*whole[:2], line + "\n", *whole[3:]]))
     with pytest.raises(LedgerError, match="another shape"):
+        read_ledger(path)
+
+
+@pytest.mark.parametrize(("at", "line"), [(1, '{"fold": 0}'), (3, '{"fold": 1}'), (3, '{"fold": "two"}')])
+def test_a_fold_in_a_wrong_place_is_an_error(path, at, line):
+    run_with_ledger(path, steps=3)
+    whole = lines(path)
+    path.write_text("".join([*whole[:at], line + "\n", *whole[at:]]))
+    with pytest.raises(LedgerError, match=f"line {at + 1}: a fold after .* of {at - 1} steps"):
         read_ledger(path)
 
 
@@ -374,13 +383,18 @@ def test_a_step_is_written_before_it_moves_the_weights(path, monkeypatch):
 
 def test_the_end_of_a_run(path):
     case, opt = run_with_ledger(path, steps=2)
-    opt.ledger.end(2, weights_hash(case.named))
+    opt.ledger.end(opt.describe, 2, weights_hash(case.named))
     assert read_ledger(path).weights == weights_hash(case.named)
     opt.step(case.closure)  # a longer run after all
     assert read_ledger(path).weights is None
     assert len(read_ledger(path).entries) == 3
     opt.ledger.sync()
     opt.ledger.close()
+    opt.ledger.end(opt.describe, 3, weights_hash(case.named))  # by a process that had no step left to take
+    opt.ledger.close()
+    assert read_ledger(path).weights == weights_hash(case.named)
+    with pytest.raises(LedgerError, match="holds 3 steps, but the optimizer stands at step 2"):
+        opt.ledger.end(opt.describe, 2, weights_hash(case.named))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Moves that wait as factors: the same run as one that folds at once, and bit for bit itself after replay and resume."""
 
+import copy
 import math
 import warnings
 from dataclasses import replace
@@ -244,6 +245,90 @@ def test_replay_rebuilds_the_weights(tmp_path, dtype, settings):
     other = CASES["mlp"](dtype)
     with pytest.raises(LedgerError, match="fold_every"):
         make(other, "in_place", lr=1e-3, ledger=path, **settings).step(other.closure)
+
+
+def folded_by_hand(path, dtype, stop=None):
+    """Ten steps with folds after 4 and 8, and two more asked for, after 2 and 7. `stop`: the state after so many steps."""
+    torch.manual_seed(0)
+    case = CASES["mlp"](dtype)
+    opt = make(case, "in_place", lr=1e-3, ledger=path, fold_every=4, **LOZO)
+    state = None
+    for step in range(1, 11):
+        opt.step(case.closure)
+        if step == stop:
+            state = copy.deepcopy(opt.state_dict()), {name: p.detach().clone() for name, p in case.named}
+        if step in (2, 7):
+            opt.fold()
+    return case, opt, state
+
+
+def rebuilt(path, dtype, entries=None):
+    torch.manual_seed(0)
+    base, ledger = CASES["mlp"](dtype), read_ledger(path)
+    again = optimizer_for(base.named, ledger)
+    replay(again, ledger.entries if entries is None else entries)
+    return snapshot(base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replay_folds_where_the_run_was_folded_by_hand(tmp_path, dtype):
+    """bf16 with carried bits rounds as fp32 does; a fold elsewhere rounds elsewhere, which shows that it matters."""
+    path = tmp_path / "ledger.jsonl"
+    case, opt, _ = folded_by_hand(path, dtype)
+    entries = read_ledger(path).entries
+    assert [entry.step for entry in entries if entry.folded] == [1, 6]
+    found = rebuilt(path, dtype)
+    assert_same_bits(snapshot(case), found)
+    other = rebuilt(path, dtype, [replace(entry, folded=False) for entry in entries])
+    assert any(not torch.equal(found[name], other[name]) for name in found)
+    opt.fold()  # after 10 steps, two of them pending
+    assert read_ledger(path).entries[-1].folded
+    assert_same_bits(snapshot(case), rebuilt(path, dtype))
+
+
+def test_folds_that_write_nothing_are_not_in_the_ledger(tmp_path):
+    """Nothing pending after a fold that was due, and dense moves, which are late without another bit."""
+    path = tmp_path / "ledger.jsonl"
+    for settings in (LOZO, {"method": "mezo"}):
+        torch.manual_seed(0)
+        case = CASES["mlp"](torch.float32)
+        opt = make(case, "layerwise", lr=1e-3, ledger=path, fold_every=4, **settings)
+        opt.fold()
+        steps(opt, case.closure, 4)
+        opt.fold()
+        if settings != LOZO:
+            opt.step(case.closure)
+            opt.fold()
+        opt.ledger.close()
+        assert 'fold":' not in path.read_text().partition("\n")[2]
+        path.unlink()
+
+
+def test_a_state_older_than_a_fold_in_the_ledger(tmp_path):
+    """Killed after the fold, before the next state was saved: replay makes the fold; steps that lack it are refused."""
+    path = tmp_path / "ledger.jsonl"
+    whole, _, (state, weights) = folded_by_hand(path, torch.bfloat16, stop=7)
+    text = path.read_text().splitlines(keepends=True)
+    upto = next(number for number, line in enumerate(text) if '"fold": 7' in line)
+    for replays in (True, False):
+        path.write_text("".join(text[: upto + 1]))
+        torch.manual_seed(0)
+        case = CASES["mlp"](torch.bfloat16)
+        for name, p in case.named:
+            p.data.copy_(weights[name])
+        opt = make(case, "in_place", lr=1e-3, ledger=path, fold_every=4, **LOZO)
+        opt.load_state_dict(state)
+        assert opt.folding.pending
+        if not replays:
+            with pytest.raises(LedgerError, match=r"folded after step 7; this optimizer's state is older.*Replay"):
+                opt.step(case.closure)
+            continue
+        replay(opt, read_ledger(path).entries)
+        assert not opt.folding.pending
+        steps(opt, case.closure, 3)
+        opt.ledger.close()
+        assert path.read_text() == "".join(text)
+        assert_same_bits(snapshot(whole), snapshot(case))
 
 
 @methods

@@ -5,6 +5,7 @@ One JSON object a line, numbers written so that they read back exactly:
     {"ledger": 1, "base": ..., "sites": ..., "method": ..., "groups": [...], "seed": 0, ...}     the header
     {"step": 0, "loss": 0.697, "losses": [0.693, 0.701]}                                         one line a step
     {"step": 1, "losses": [...], "groups": [{"lr": 9e-07, ...}]}       groups: only when they changed since the last line
+    {"fold": 2}                                    after 2 steps what was pending was folded, though it was not due then
     {"end": 600, "weights": "sha256 ..."}                                                        when a run has ended
 
 A line is flushed before the step's update is applied. A torn last line (a killed process, a full disk) is dropped: its
@@ -17,7 +18,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,6 +40,7 @@ class Entry:
     loss: float
     losses: list[float]
     groups: list[dict[str, float]]
+    folded: bool = False  # by `ZO.fold`, after the step
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,11 @@ def _entries(path: Path, parsed: Sequence[Mapping[str, Any]]) -> tuple[list[Entr
         if "end" in line:
             weights = line["weights"]
             continue
+        if "fold" in line:
+            if not entries or line["fold"] != len(entries):
+                raise LedgerError(f"{path}, line {number}: a fold after {line['fold']!r} of {len(entries)} steps.")
+            entries[-1], weights = replace(entries[-1], folded=True), None
+            continue
         if line.get("step") != len(entries):
             raise LedgerError(f"{path}, line {number}: expected step {len(entries)}, got {line.get('step')!r}.")
         groups = line.get("groups", groups)
@@ -118,33 +125,36 @@ class Ledger:
         self._good = 0  # bytes that hold whole lines
         self._groups: list[dict[str, float]] | None = None
 
-    def append(
-        self,
-        header: Callable[[], Mapping[str, Any]],
-        step: int,
-        loss: float,
-        losses: Sequence[float],
-        groups: list[dict[str, float]],
-    ) -> None:
+    def append(self, header: Callable[[], Mapping[str, Any]], entry: Entry, *, pending: bool = False) -> None:
         """Write one step; on return the line has left this process. The header is asked for when the file is opened.
+
+        Args:
+            header: what says how the run's optimizer is made.
+            entry: the step.
+            pending: whether moves of earlier steps wait to be folded, which must not be if the file says they were.
 
         Raises:
             LedgerError: the file belongs to another run, or stands at another step.
             OSError: the disk is full, or the like. What was written before stays readable.
         """
-        if self._file is None:
-            self._open({**header(), "base": self.base}, step)
-        line: dict[str, Any] = {"step": step, "loss": _writable(loss), "losses": [_writable(v) for v in losses]}
-        if groups != self._groups:
-            line["groups"] = groups
+        self._go_on(header, entry.step, pending)
+        losses = [_writable(value) for value in entry.losses]
+        line: dict[str, Any] = {"step": entry.step, "loss": _writable(entry.loss), "losses": losses}
+        if entry.groups != self._groups:
+            line["groups"] = entry.groups
         self._write(line)
-        self._groups = groups
+        self._groups = entry.groups
 
-    def end(self, steps: int, weights: str) -> None:
-        """Write down that the run has ended, and the hash of its weights."""
-        if self._file is not None:
-            self._write({"end": steps, "weights": weights})
-            os.fsync(self._file.fileno())
+    def fold(self, header: Callable[[], Mapping[str, Any]], steps: int) -> None:
+        """Write down a fold that the number of steps does not tell of. Raises as `append` does."""
+        self._go_on(header, steps)
+        self._write({"fold": steps})
+
+    def end(self, header: Callable[[], Mapping[str, Any]], steps: int, weights: str) -> None:
+        """Write down that the run has ended, and the hash of its weights. Raises as `append` does."""
+        self._go_on(header, steps)
+        self._write({"end": steps, "weights": weights})
+        self.sync()
 
     def sync(self) -> None:
         """Make sure that what was written survives a power cut."""
@@ -157,7 +167,11 @@ class Ledger:
             self._file.close()
             self._file = None
 
-    def _open(self, header: dict[str, Any], step: int) -> None:
+    def _go_on(self, describe: Callable[[], Mapping[str, Any]], step: int, pending: bool = False) -> None:
+        """Open the file, unless it is open."""
+        if self._file is not None:
+            return
+        header = {**describe(), "base": self.base}
         if has_header(self.path):
             before = read_ledger(self.path)
             check_header(before.header, header, self.path)
@@ -165,6 +179,11 @@ class Ledger:
                 raise LedgerError(
                     f"{self.path} holds {len(before.entries)} steps, but the optimizer stands at step {step}. "
                     "Replay the ledger first (zotune.replay), or name a new file."
+                )
+            if pending and before.entries[-1].folded:
+                raise LedgerError(
+                    f"{self.path} says that the run was folded after step {step}; this optimizer's state is older than that. "
+                    "Replay the ledger first (zotune.replay)."
                 )
             self._groups = before.entries[-1].groups if before.entries else before.header["groups"]
             self._good = before.good_bytes

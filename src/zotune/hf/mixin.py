@@ -184,7 +184,8 @@ class ZOMixin:
         if self.zo.ledger is not None:
             if not self.best_is_back:
                 slots = self.zo.weights.slots.items()
-                self.zo.ledger.end(self.zo.step_number, weights_hash((name, slot.tensor) for name, slot in slots))
+                digest = weights_hash((name, slot.tensor) for name, slot in slots)
+                self.zo.ledger.end(self.zo.describe, self.zo.step_number, digest)
             self.zo.ledger.close()
 
     # ------------------------------------------------------------------------------------------------------------------
