@@ -286,6 +286,25 @@ def test_replay_folds_where_the_run_was_folded_by_hand(tmp_path, dtype):
     assert_same_bits(snapshot(case), rebuilt(path, dtype))
 
 
+def test_a_fold_is_in_the_ledger_before_it_is_made(tmp_path, monkeypatch):
+    """As steps are: killed in between, the run is what its ledger says. And a run that had ended has not, after a fold."""
+    path = tmp_path / "ledger.jsonl"
+    torch.manual_seed(0)
+    case = CASES["mlp"](torch.float32)
+    opt = make(case, "in_place", lr=1e-3, ledger=path, fold_every=4, **LOZO)
+    steps(opt, case.closure, 2)
+    opt.ledger.end(opt.describe, 2, "a hash")
+    assert read_ledger(path).weights == "a hash"
+    monkeypatch.setattr(opt.folding, "fold", lambda *where: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        opt.fold()
+    assert [entry.folded for entry in read_ledger(path).entries] == [False, True]
+    assert read_ledger(path).weights is None
+    monkeypatch.undo()
+    opt.fold()
+    assert_same_bits(snapshot(case), rebuilt(path, torch.float32))
+
+
 def test_folds_that_write_nothing_are_not_in_the_ledger(tmp_path):
     """Nothing pending after a fold that was due, and dense moves, which are late without another bit."""
     path = tmp_path / "ledger.jsonl"
