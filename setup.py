@@ -1,5 +1,7 @@
 """The compiled noise kernels: built where there is a C compiler, left out (and the install succeeds) where there is none."""
 
+from glob import glob
+
 from setuptools import Extension, setup
 
 FLAGS = [
@@ -13,7 +15,7 @@ setup(
         Extension(
             "zotune.kernels._native",
             ["src/zotune/kernels/native.c"],
-            depends=[f"src/zotune/kernels/native_{part}.h" for part in ("levels", "loops", "avx512", "thin", "values")],
+            depends=sorted(glob("src/zotune/kernels/native_*.h")),
             extra_compile_args=FLAGS,
             optional=True,
         )

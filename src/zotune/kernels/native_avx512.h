@@ -88,7 +88,7 @@ INLINE void LEVEL(product)(
 
 /* The terms of one row, as sum_float of native_loops.h. */
 static NOT_INLINE void LEVEL(sum_of_any)(LEVEL(Row) *sum, const Job *job, const Drawn *drawn, int row, int64_t tile) {
-    __m512 whole[4];
+    __m512 whole[4] = {0};
     for (int t = 0; t < job->terms; t++, drawn++) {
         const Term *term = job->term + t;
         __m512 made[4];

@@ -21,7 +21,7 @@ BF16, BF16_CARRIED, BF16_SPLIT = 2, 3, 4
 # Elements, counted once for each term, for each thread after the first: measured, a second one breaks even at 50,000.
 WORTH_A_THREAD = 1 << 16
 ROOM = 8 * BASE_ROWS * WIDTH  # bytes for one term
-JOB = struct.Struct("@PPPPQqqqiiiiPPP")  # the structs of native.c, padding included
+JOB = struct.Struct("@PPPPQqqqiiiiPPP")  # the structs of native_types.h, padding included
 TERM = struct.Struct("@IIiidIIPPqqqq")
 OUT = struct.Struct("@Pq")
 PLACE = struct.Struct("@PPQq")
