@@ -84,12 +84,14 @@ def test_groups_with_other_lr_are_tried_as_they_are_moved():
     """The candidate's loss is the loss after the step, with two learning rates: fp64, equal weights, equal bits."""
     torch.manual_seed(1)
     case = CASES["mlp"](torch.float64)
-    groups = [{"params": case.named[:3], "lr": 0.05}, {"params": case.named[3:]}]
-    opt = ZO(groups, "conservative", lr=0.01, eps=1e-2, engine="in_place")
+    groups = [{"params": case.named[:3], "lr": 5e-4}, {"params": case.named[3:]}]
+    opt, chosen = ZO(groups, "conservative", lr=1e-4, eps=1e-2, engine="in_place"), set()
     for _ in range(6):
         opt.step(case.closure)
         here, _, _, down, up = opt.last.losses
+        chosen.add(opt.last.estimate.info["choice"])
         assert float(case.closure().detach()) == {0: here, 1: down, -1: up}[opt.last.estimate.info["choice"]]
+    assert chosen - {0}, "no step was taken, so nothing was compared"
 
 
 def test_declared():
