@@ -264,6 +264,27 @@ def test_going_on_with_another_run_is_refused_before_anything_is_written(path, s
     assert_same_bits(before, snapshot(case))
 
 
+def test_a_ledger_that_is_opened_again_knows_the_last_hyperparameters(path):
+    """lr is halved in step 1 and is the header's again in step 2, which another process takes: the line must say so."""
+
+    def take(opt, closure, lrs):
+        for lr in lrs:
+            opt.param_groups[0]["lr"] = lr
+            opt.step(closure)
+        opt.ledger.close()
+
+    whole, opt = run_with_ledger(path, steps=0)
+    take(opt, whole.closure, [1e-3, 5e-4])
+    again = make(whole, "in_place", lr=1e-3, ledger=path)
+    again.load_state_dict(opt.state_dict())
+    take(again, whole.closure, [1e-3, 1e-3])
+    assert [entry.groups[0]["lr"] for entry in read_ledger(path).entries] == [1e-3, 5e-4, 1e-3, 1e-3]
+    assert ["groups" in json.loads(line) for line in lines(path)[1:]] == [False, True, True, False]
+    base = base_case()
+    replay(optimizer_for(base.named, read_ledger(path)), read_ledger(path).entries)
+    assert_same_bits(snapshot(whole), snapshot(base))
+
+
 def replay_steps(opt, steps):
     """Put the optimizer at a step without moving anything."""
     opt.param_groups[0]["zo_step"] = steps

@@ -200,10 +200,12 @@ def test_folded_shows_the_weights_and_puts_all_bits_back(dtype, settled):
     assert_same_bits(*ends)
 
 
-def test_folded_is_what_a_fold_writes():
+@pytest.mark.parametrize("low_precision", ["carry", "stochastic"])
+def test_folded_is_what_a_fold_writes(low_precision):
+    """With the same random bits, where there are any."""
     torch.manual_seed(0)
     case = CASES["mlp"](torch.bfloat16)
-    opt = make(case, "in_place", lr=1e-3, fold_every=10, **LOZO)
+    opt = make(case, "in_place", lr=1e-3, fold_every=10, low_precision=low_precision, **LOZO)
     steps(opt, case.closure, 3)
     with opt.folded():
         inside = snapshot(case)

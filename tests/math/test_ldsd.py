@@ -400,6 +400,17 @@ def test_nearest_rounding_of_what_fits_is_exact():
     assert torch.equal(mean.realise(site), torch.full((70, 5), 0.5))
 
 
+@pytest.mark.parametrize("bits", [0, 32768, 65535])
+def test_the_largest_of_an_int8_block_is_exact(bits):
+    """Its multiple is 127 of 127, whatever the random bits: with 127 times a power of two nothing rounds."""
+    values = torch.linspace(-1, 1, 2 * BLOCK)
+    values[3], values[BLOCK + 7] = 127.0, -127 * 2.0**-5
+    form = FORMS["int8"].zeros(2 * BLOCK, torch.empty(0))
+    form.write(0, values, torch.full((2 * BLOCK,), bits))
+    kept = form.read(0, 2 * BLOCK)
+    assert [float(kept[3]), float(kept[BLOCK + 7])] == [127.0, -127 * 2.0**-5]
+
+
 @pytest.mark.parametrize("keep", [1.0, 0.75])
 def test_a_move_of_the_full_mean_is_what_it_says(keep):
     """Powers of two and what the kernels add: exact."""

@@ -138,6 +138,7 @@ def test_a_rule_that_remembers_cannot_be_tried(rule):
         *((rule, {beta: 1.0}) for rule in ("adam", "adamm") for beta in ("beta1", "beta2")),
         ("adam", {"delta": 0.0}),
         ("adamm", {"delta": -1.0}),
+        ("adamm", {"delta": 0.0}),
         ("momentum_replayed", {"window": 0}),
     ],
 )
