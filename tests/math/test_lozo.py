@@ -10,6 +10,7 @@ from tests.checks.mezo import SEED
 from tests.support.bare import bare_context, estimate_of, flat, realised
 
 from zotune.core.errors import ConfigError
+from zotune.core.factors import TABLE_CEILING
 from zotune.core.site import Site
 from zotune.methods.lozo import LOZO, Lazy
 from zotune.methods.sources import make_source
@@ -48,6 +49,20 @@ def test_refused_steps_teach_nothing():
 @pytest.mark.parametrize("stop", [1, 4, 5])
 def test_resume(tmp_path, stop):
     checks.check_resume(tmp_path / "state.pt", stop)
+
+
+@pytest.mark.parametrize("noise", ["normal", "gaussian", "rademacher"])
+@pytest.mark.parametrize("rank", [2, 300])
+def test_factors_are_bounded_and_their_sums_exact(noise, rank):
+    """Of every kind of noise: |U| is at most the ceiling that sums of steps rely on, and no order of summation shows."""
+    w = weights({"w": (400, 310)})
+    made = Lazy(rank=rank).low_rank_part(bare_context(w, None, kind=noise)).factors["w"]
+    largest = float(made.changing.abs().max())
+    assert 0 < largest <= (TABLE_CEILING if made.ceiling is None else made.ceiling)
+    found = made.run(0, 400 * 310, torch.device("cpu")).view(400, 310)
+    left, right = made.left.double(), made.right.double()
+    backwards = sum(left[:, k, None] * right[:, k] for k in reversed(range(rank)))
+    assert torch.equal(found.double(), backwards)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
