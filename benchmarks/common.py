@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,36 @@ def machine() -> dict[str, Any]:
         "zotune": zotune.__version__,
         "commit": commit.stdout.strip(),
     }
+
+
+class Crossing:
+    """How dear it is to read what another thread has just written: about 1 where all threads share a cache, about 10 where
+    they do not. A virtual machine's processors may be moved from one to the other while it runs."""
+
+    REPEATS = 20
+
+    def __init__(self) -> None:
+        self._x = torch.zeros(1 << 20)  # each of two threads writes its half
+        self._sum = torch.empty(1 << 19)
+
+    def _own(self) -> None:
+        self._x.add_(1.0)
+
+    def _both(self) -> None:
+        self._x.add_(1.0)
+        torch.add(self._x[: 1 << 19], self._x[1 << 19 :], out=self._sum)
+
+    def __call__(self) -> float:
+        """The time of a sum of numbers of which the other thread wrote half, in times of writing them."""
+        own, both = (self._seconds(each) for each in (self._own, self._both))
+        return (both - own) / own
+
+    def _seconds(self, each: Callable[[], None]) -> float:
+        each()
+        start = time.perf_counter()
+        for _ in range(self.REPEATS):
+            each()
+        return time.perf_counter() - start
 
 
 def write(path: str | None, result: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import DTYPES, SHAPES, load, machine, make_closure, write
+from common import DTYPES, SHAPES, Crossing, load, machine, make_closure, write
 from literal_mezo import LiteralMeZO, ReusedBuffers
 
 import zotune
@@ -71,14 +71,16 @@ class Column:
 
     made: dict[str, Candidate]
     directions: dict[str, float] = field(default_factory=dict)
+    crossing: list[float] = field(default_factory=list)  # of each round: see `Crossing`
 
     def measure(self, rounds: int, before: int) -> dict[str, dict[str, float]]:
         for candidate in self.made.values():
             candidate()  # warm up: compile, allocate, look at the model
             candidate()
         seconds: dict[str, list[float]] = {name: [] for name in self.made}
-        names = list(self.made)
+        names, crossing = list(self.made), Crossing()
         for turn in range(rounds):
+            self.crossing.append(crossing())
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 for _ in range(before):
                     self.made[name]()
@@ -162,19 +164,24 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     columns = methods_column if arguments.methods else engines_column
-    result: dict[str, Any] = {"command": " ".join(sys.argv), "machine": machine(), "columns": {}}
+    result: dict[str, Any] = {"command": " ".join(sys.argv), "machine": machine(), "columns": {}, "crossing": {}}
     print(f"{'shape':7} {'dtype':5} {'candidate':40} {'ms':>9} {'ratio':>7}  range")
     for dtype, shape in product(arguments.dtypes, arguments.shapes):
         model = load(arguments.model, DTYPES[dtype], arguments.device)
-        measured = columns(model, SHAPES[shape], arguments.loss, arguments.only).measure(
-            arguments.rounds, arguments.before
-        )
+        column = columns(model, SHAPES[shape], arguments.loss, arguments.only)
+        measured = column.measure(arguments.rounds, arguments.before)
         for name, c in measured.items():
             print(
                 f"{shape:7} {dtype:5} {name:40} {c['ms']:9.1f} {c['ratio']:7.2f}  {c['low']:.2f} .. {c['high']:.2f}",
                 flush=True,
             )
+        shared = sum(each < 4 for each in column.crossing)
+        print(
+            f"{shape:7} {dtype:5} the threads shared a cache when {shared} of {arguments.rounds} rounds began",
+            flush=True,
+        )
         result["columns"][f"{shape} {dtype}"] = measured
+        result["crossing"][f"{shape} {dtype}"] = column.crossing
     write(arguments.json, result)
 
 
