@@ -175,7 +175,7 @@ def main() -> None:
                 f"{shape:7} {dtype:5} {name:40} {c['ms']:9.1f} {c['ratio']:7.2f}  {c['low']:.2f} .. {c['high']:.2f}",
                 flush=True,
             )
-        shared = sum(each < 4 for each in column.crossing)
+        shared = sum(each < Crossing.APART for each in column.crossing)
         print(
             f"{shape:7} {dtype:5} the threads shared a cache when {shared} of {arguments.rounds} rounds began",
             flush=True,
