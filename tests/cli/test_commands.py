@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 from zotune.config import TrainConfig, load_config
 from zotune.core.errors import ConfigError, DataError, LedgerError
+from zotune.kernels.dispatch import choice_for
+from zotune.kernels.native import NativeBackend
 
 
 def imported(code, *modules):
@@ -92,6 +94,24 @@ def test_doctor_says_what_is_off_and_why(run, monkeypatch):
     printed = " ".join(run("doctor").output.split())
     assert torch.__version__ in printed
     assert 'off: LoRA, prefix and prompt tuning. Install it with pip install "zotune[hf]"' in printed
+
+
+@pytest.mark.parametrize(
+    ("apart", "expected"), [(True, "the matrix of a pair that it will read"), (False, "half of both")]
+)
+def test_doctor_says_what_two_threads_share(run, monkeypatch, apart, expected):
+    backend = choice_for("cpu").backend
+    if not isinstance(backend, NativeBackend):
+        pytest.skip("the kernels are not compiled here")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    monkeypatch.setattr(NativeBackend, "team", lambda self, threads: threads)
+    monkeypatch.setattr(NativeBackend, "apart", lambda self: apart)
+    monkeypatch.setattr(NativeBackend, "crossing", lambda self: 123.4)
+    printed = " ".join(run("doctor").output.split())
+    assert expected in printed
+    assert "123 ns to read what the other wrote" in printed
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    assert "two threads" not in run("doctor").output
 
 
 def test_doctor_knows_whether_the_packaged_model_was_fetched(run, monkeypatch, tmp_path):

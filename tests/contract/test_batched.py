@@ -15,6 +15,7 @@ from zotune.core.noise import stream
 from zotune.core.weights import Weights
 from zotune.engines.batched import Auto, Batched
 from zotune.engines.batched_layers import CopiedConv1D, CopiedLinear
+from zotune.engines.batched_modules import Wave
 from zotune.engines.batched_sheets import FreshFactors, FreshProducts
 from zotune.engines.batched_size import copies_for
 from zotune.engines.in_place import InPlace
@@ -112,6 +113,10 @@ POINTS = {
     "per group": lambda w: pair(noise(0, {name: 1.0 + k for k, name in enumerate(w.slots)})),
     "some sites": lambda w: pair(noise(0, some_sites(w))),
     "a site moved by one point only": lambda w: [EPS * noise(0, some_sites(w)), EPS * noise(1)],
+    "low-rank on some sites, beside dense": lambda w: [
+        EPS * Scaled(low_rank(w, 0, shared=False), some_sites(w)),
+        EPS * noise(1),
+    ],
     "stored": lambda w: [EPS * noise(0), EPS * Stored({s.site.name: torch.ones_like(s.tensor) for s in w})],
     "low-rank pair": lambda w: pair(low_rank(w, 0)),
     "low-rank pairs, shared right": lambda w: [p for k in range(3) for p in pair(low_rank(w, k))],
@@ -231,6 +236,18 @@ def test_matrices_in_low_precision(name, points, dtype, matrices):
         answers(InPlace(weights), made, closure, waves=1), rel=32 * torch.finfo(dtype).eps
     )
     assert "in one forward" in engine.reason, engine.reason
+
+
+def test_matrices_of_a_few_sizes_have_scratch_of_their_own():
+    """Of more sizes they share room for the largest, so that all scratch is at most a few of the largest matrices."""
+    wave = Wave(Weights([]), largest=100)
+    made = {n: wave.matrices(torch.zeros(n, 10))[0] for n in range(1, 11)}
+    assert [whole.shape for whole in made.values()] == [(2, n, 10) for n in made]
+    assert sum(buffer.numel() for buffer in wave.buffers.values()) == 2 * (10 + 20 + 30 + 40 + 100)
+    assert len({made[n].data_ptr() for n in (1, 2, 3, 4, 10)}) == 5
+    assert len({made[n].data_ptr() for n in (5, 6, 7, 8, 9, 10)}) == 1
+    assert wave.matrices(torch.ones(3, 10))[0] is made[3]
+    assert wave.matrices(torch.zeros(10, 3))[0].data_ptr() == made[3].data_ptr()
 
 
 def test_many_rows_are_multiplied_by_matrices_and_few_by_factors(monkeypatch):

@@ -23,3 +23,4 @@ def every_setting(monkeypatch, native):
     yield
     torch.set_num_threads(1)
     native.level()
+    native.apart()

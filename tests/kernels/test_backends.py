@@ -1,5 +1,6 @@
 """All back ends of the CPU give the same bits: the compiled kernels, the pure-torch one, and a spelled-out twin."""
 
+import ctypes
 import math
 from dataclasses import replace
 
@@ -47,6 +48,7 @@ def _as_before(native):
     yield
     torch.set_num_threads(1)
     native.level()
+    native.apart()
 
 
 def same(a, b):
@@ -95,6 +97,7 @@ def size(run):
 def prepare(native, data):
     level, threads = data.draw(SETTINGS)
     native.level(level)
+    native.apart(data.draw(st.booleans()))
     torch.set_num_threads(threads)
 
 
@@ -219,6 +222,68 @@ def test_an_update_and_a_query_of_so_many_terms(native, level, dtype, sizes, boo
     REFERENCE.update_and_perturb(other, [(outs[1], 1.0)], terms)
     same(outs[0], outs[1])
     same(one.stored, other.stored)
+
+
+@pytest.mark.usefixtures("every_call_may_wake_threads")
+@pytest.mark.parametrize("apart", [0, 1])
+@pytest.mark.parametrize("level", range(4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("update", [(), (Term((5, 6), "normal", 0.3),)])
+def test_which_thread_writes_what_changes_no_bit(native, level, apart, dtype, update):
+    """Half of both outs, or one of them whole: after an update that both need, and of chosen rows."""
+    low = low_bits(5000, 1) if dtype == torch.bfloat16 else None
+    one, other = (Addition(numbers(5000, dtype, 1), None if low is None else low.clone(), 3, update) for _ in "ab")
+    outs = [[torch.empty(5000, dtype=dtype) for _ in "ab"] for _ in "ab"]
+    terms, rows = [Term((1, 2), "normal", 0.7)], Run(3, 0, 0, torch.tensor([4, 0, 9, 2, 7]), 1000)
+    native.level(level)
+    native.apart(apart)
+    torch.set_num_threads(2)
+    for backend, whole, sides in [(native, one, outs[0]), (REFERENCE, other, outs[1])]:
+        signed = list(zip(sides, (1.0, -1.0), strict=True))
+        if update:
+            backend.update_and_perturb(whole, signed, terms)
+        else:
+            backend.perturb(signed, *whole.flat, terms)
+        assert not torch.equal(*sides)
+    same(one.stored, other.stored)
+    for ours, expected in zip(*outs, strict=True):
+        same(ours, expected)
+    for backend, whole, sides in [(native, one, outs[0]), (REFERENCE, other, outs[1])]:
+        backend.perturb(list(zip(sides, (1.0, -1.0), strict=True)), *whole.flat[:2], rows, terms)
+    for ours, expected in zip(*outs, strict=True):
+        same(ours, expected)
+
+
+@pytest.fixture
+def one_thread_however_many_are_asked_for(native):
+    """As in a parallel region of somebody else."""
+    work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    run = ctypes.CFUNCTYPE(None, work, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(lambda each, data, *_: each(data))
+    number, team = (ctypes.CFUNCTYPE(ctypes.c_int)(lambda n=n: n) for n in (0, 1))
+    native._library.zotune_threads(run, number, team)
+    yield
+    native._library.zotune_threads(*(ctypes.c_void_p(address) for address in native.runtime.addresses or (None,) * 3))
+
+
+@pytest.mark.usefixtures("every_call_may_wake_threads", "one_thread_however_many_are_asked_for")
+@pytest.mark.parametrize("apart", [0, 1])
+def test_fewer_threads_than_asked_for_do_it_all(native, apart):
+    stored, terms = numbers(5000, torch.float32, 1), [Term((1, 2), "normal", 0.7)]
+    outs = [[torch.zeros(5000) for _ in "ab"] for _ in "ab"]
+    native.apart(apart)
+    torch.set_num_threads(2)
+    for backend, sides in zip((native, REFERENCE), outs, strict=True):
+        backend.perturb(list(zip(sides, (1.0, -1.0), strict=True)), stored, None, Run(3, 0, 5000), terms)
+    for ours, expected in zip(*outs, strict=True):
+        same(ours, expected)
+
+
+def test_how_dear_it_is_to_read_what_another_thread_wrote(native):
+    """Some time with threads; how much is for nobody to test."""
+    assert (native.crossing() > 0) == bool(native.runtime.addresses)
+    assert native.apart(1)
+    assert not native.apart(0)
+    assert native.apart() in (True, False)
 
 
 @pytest.mark.parametrize("few", [1, 200])

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from zotune.cache import cache_folder
 from zotune.kernels.dispatch import KernelError, choice_for
+from zotune.kernels.native import NativeBackend
 from zotune.packaged import ALIAS, packaged_model_place
 from zotune.precision import choose_precision, native_bf16
 from zotune.version import __version__
@@ -68,10 +69,21 @@ def _kernels() -> dict[str, str]:
     found = {}
     for kind, name in kinds.items():
         try:
-            found[name] = choice_for(kind).reason
+            choice = choice_for(kind)
+            found[name] = choice.reason
+            if isinstance(choice.backend, NativeBackend) and choice.backend.team(2) == torch.get_num_threads() == 2:
+                found["two threads"] = _sharing(choice.backend.apart(), choice.backend.crossing())
         except KernelError as error:
             found[name] = f"off: {error}"
     return found
+
+
+def _sharing(apart: bool, nanoseconds: float) -> str:
+    """What the threads share, and what follows."""
+    found = f"{nanoseconds:.0f} ns to read what the other wrote; looked at again and again in a run"
+    if apart:
+        return f"share no cache, so each writes the matrix of a pair that it will read ({found})"
+    return f"share a cache, so each writes half of both matrices of a pair ({found})"
 
 
 def _library(name: str, extra: str, purpose: str) -> str:

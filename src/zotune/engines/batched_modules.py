@@ -22,6 +22,7 @@ from zotune.engines.batched_sheets import FreshFactors
 
 SHARED = "shared"
 AT_ONCE = 2  # scratch copies of a matrix: both signs of a pair
+PLACES = 4  # sizes of matrices that have scratch of their own: transformers have three or four
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Wave:
     groups: dict[range, tuple[Direction, ...]] = field(default_factory=dict)  # points of some copies of this forward
     largest: int = 0  # elements of the largest matrix that may need scratch
     scratch: dict[Any, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)  # by shape and dtype
-    buffers: dict[torch.dtype, Tensor] = field(default_factory=dict)  # whose views these are
+    buffers: dict[tuple[torch.dtype, int], Tensor] = field(default_factory=dict)  # whose views these are, by length
     fresh: FreshFactors = field(default_factory=lambda: FreshFactors(Points(())))  # of low-rank points on sheets
     made: dict[Any, dict[str, Tensor]] = field(default_factory=dict)  # in this forward: by dtype and device, by name
     columns: dict[Any, Tensor] = field(default_factory=dict)  # scales of low-rank terms, the same for many matrices
@@ -57,17 +58,22 @@ class Wave:
     def matrices(self, like: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(AT_ONCE, *shape) uninitialised numbers like this tensor's, valid until they are asked for again; and each.
 
-        The same objects each time on the CPU, by which `Weights` knows them again. Other devices have allocators.
+        The same objects each time on the CPU, by which `Weights` knows them again. Other devices have allocators. Matrices
+        of another size lie elsewhere, unless there are many sizes: in the same place, what one thread has in its cache
+        would be another's to write.
         """
         if not like.is_cpu:
             made = torch.empty((AT_ONCE, *like.shape), dtype=like.dtype, device=like.device)
             return made, made.unbind()
         key = like.shape, like.dtype
         if key not in self.scratch:
-            if like.dtype not in self.buffers:
+            name = like.dtype, AT_ONCE * like.numel()
+            if name not in self.buffers and len(self.buffers) >= PLACES:
+                name = like.dtype, AT_ONCE * self.largest
+            if name not in self.buffers:
                 with torch.inference_mode(False):  # else only inference mode could write to it again
-                    self.buffers[like.dtype] = torch.empty(AT_ONCE * self.largest, dtype=like.dtype)
-            made = self.buffers[like.dtype][: AT_ONCE * like.numel()].view(AT_ONCE, *like.shape)
+                    self.buffers[name] = torch.empty(name[1], dtype=like.dtype)
+            made = self.buffers[name][: AT_ONCE * like.numel()].view(AT_ONCE, *like.shape)
             self.scratch[key] = made, made.unbind()
         return self.scratch[key]
 

@@ -46,7 +46,7 @@ from zotune.kernels.prepared import Prepared
 from zotune.kernels.reference import ReferenceBackend
 from zotune.kernels.workspace import workspace
 
-ABI = 7  # what `zotune_abi` of native.c must say
+ABI = 8  # what `zotune_abi` of native.c must say
 
 
 class MissingError(Exception):
@@ -92,6 +92,7 @@ def load(path: Path) -> ctypes.CDLL:
     library.zotune_update_and_run.restype = None
     library.zotune_thin.argtypes = [ctypes.c_char_p, ctypes.c_int]
     library.zotune_thin.restype = None
+    library.zotune_crossing.restype = ctypes.c_double
     declare(library)
     library.zotune_level(-1)
     return library
@@ -121,6 +122,18 @@ class NativeBackend(Composed):
     def team(self, threads: int) -> int:
         """Threads that a call gets if it asks for so many."""
         return int(self._library.zotune_team(threads))
+
+    def crossing(self) -> float:
+        """Nanoseconds in which a thread reads a line that another has just written, now; 0 without threads."""
+        return float(self._library.zotune_crossing())
+
+    def apart(self, wanted: int = -1) -> bool:
+        """Whether each of two threads now writes an out whole, and not half of both. No bit depends on it.
+
+        Args:
+            wanted: 1 or 0: from now on; -1: where they share no cache, as is looked at again and again.
+        """
+        return bool(self._library.zotune_apart(wanted))
 
     def takes(self, terms: Sequence[Term]) -> bool:
         """See `Backend.takes`: masks, and numbers of tensors in memory."""
