@@ -82,7 +82,7 @@ def _sharing(apart: bool, nanoseconds: float) -> str:
     """What the threads share, and what follows."""
     found = f"{nanoseconds:.0f} ns to read what the other wrote; looked at again and again in a run"
     if apart:
-        return f"share no cache, so each writes the matrix of a pair that it will read ({found})"
+        return f"share no cache, so in fp32 each writes the matrix of a pair that it will read ({found})"
     return f"share a cache, so each writes half of both matrices of a pair ({found})"
 
 

@@ -122,10 +122,10 @@ static Job unpacked(const char *packed) {
     return job;
 }
 
-/* A pair of matrices is multiplied in one call, of which two threads take a matrix each. Threads that share a cache write
-   half of both, for which the noise is made once; others write the one that they will read. */
+/* A pair of fp32 matrices is multiplied in one call, of which two threads take a matrix each. Threads that share a cache
+   write half of both, for which the noise is made once; others write the one that they will read. */
 static void run_job(Job *job, int threads) {
-    if (threads == 2 && parallel && job->outs == 2 && apart()) {
+    if (threads == 2 && parallel && job->outs == 2 && apart(job->kind)) {
         if (job->before) parallel(share, (void *)job->before, 2, 0);
         job->before = NULL;
         parallel(share_outs, job, 2, 0);

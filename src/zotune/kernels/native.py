@@ -131,7 +131,7 @@ class NativeBackend(Composed):
         """Whether each of two threads now writes an out whole, and not half of both. No bit depends on it.
 
         Args:
-            wanted: 1 or 0: from now on; -1: where they share no cache, as is looked at again and again.
+            wanted: 1 or 0: from now on; -1: in fp32, where they share no cache, as is looked at again and again.
         """
         return bool(self._library.zotune_apart(wanted))
 

@@ -46,11 +46,14 @@ double zotune_crossing(void) {
 
 static int wanted = -1;
 
-/* Whether a thread writes an out whole. Callers on several threads may look at once; the last one's finding holds. */
-static int apart(void) {
+/* Whether a thread writes an out of this kind whole: where threads share no cache, and only fp32, of which two threads take a
+   product each. Others' products were seen to be shared otherwise. Callers on several threads may look at once; the last
+   one's finding holds. */
+static int apart(int kind) {
     static double looked;
     static int found;
     if (wanted >= 0) return wanted;
+    if (kind != FP32) return 0;
     const double time = now();
     if (!looked || time - looked > LOOK_AGAIN * 1e9) {
         found = zotune_crossing() > APART;
@@ -59,8 +62,8 @@ static int apart(void) {
     return found;
 }
 
-/* Choose: 0, 1, or -1, where two threads share no cache. Returns what holds now. */
+/* Choose: 0, 1, or -1: as is found. Returns what holds now for fp32. */
 int zotune_apart(int choice) {
     wanted = choice;
-    return apart();
+    return apart(FP32);
 }
