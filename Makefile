@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(NATIVE)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hf,trl,demo,dev]"
 	touch $@
 
-demo: $(VENV)/.installed      ## fine-tune SmolLM2-135M on movie-review sentiment, forward passes only (about ten minutes on two cores)
+demo: $(VENV)/.installed      ## fine-tune SmolLM2-135M on movie-review sentiment, forward passes only (six to twelve minutes on two cores)
 	$(BIN)/zotune train recipes/demo.yaml --out $(RUN)
 
 test: $(VENV)/.installed      ## the whole suite, offline
@@ -24,7 +24,7 @@ test: $(VENV)/.installed      ## the whole suite, offline
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not real and not statistical and not gpu"
 
-# The same code with the oldest libraries that pyproject.toml admits.
+# The same code with the oldest transformers, PEFT, TRL and accelerate that pyproject.toml admits; torch and numpy as ever.
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt setup.py $(NATIVE)
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet torch==2.13.0

@@ -1,6 +1,6 @@
 """A dense step by which thread writes what, where two threads share a cache and where they do not.
 
-    python benchmarks/crossing.py [--seconds 180] [--dtype fp32] [--shape 1x32] [--fold-every 50] [--json FILE]
+    python benchmarks/crossing.py [--seconds 180] [--dtype fp32] [--shape 1x32] [--fold-every 1] [--json FILE]
 
 Each of two threads writes half of both matrices of a pair, or one of them whole, or (the default) what a look at the caches
 says. All three run interleaved beside two forwards, each once unclocked before the run that counts. Rounds are sorted by

@@ -14,8 +14,8 @@ first task, with rows and noise of another seed. A learned profile must beat its
     corrected           learned with the budget differentiated and less noise; it began with equal scales
     corrected-shuffled  the same for these
     rms                 scales in proportion to the root mean square of each tensor: simple statistics
-    adaptive            gradient energy over curvature, found in the run itself (method adaptive_scales); with SmolLM2's 11
-                        kinds of tensors its scales differ after 44 steps, 110 forwards
+    adaptive            gradient energy over curvature, found in the run itself (method adaptive_scales with explore=2:
+                        with SmolLM2's 11 kinds of tensors its scales differ after 44 steps, 110 forwards)
 
 Finished runs stay in the JSON and are not run again; learning resumes too. --estimate measures forward passes and says how
 long all of it takes. The table and the picture go next to the JSON, as .md and .png.

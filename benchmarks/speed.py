@@ -155,7 +155,9 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=list(DTYPES))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--methods", action="store_true", help="every method, instead of every engine")
-    parser.add_argument("--only", nargs="+", help="of the candidates, these (the base is always there)")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*OURS, *METHODS], metavar="NAME", help="of ours, these (the base is always there)"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json")

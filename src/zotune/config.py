@@ -57,9 +57,11 @@ class TrainConfig:
     eps: float | None = setting(None, "Perturbation scale. Default: the mode's; full 1e-3 (MeZO), or 1e-2 for bf16.")
     weight_decay: float = setting(0.0, "Weight decay; biases and norms are left out.")
     schedule: str = setting("constant", "Learning rate schedule: constant, linear or cosine, to zero at the last step.")
-    protocol: str = setting("plain", "How rows are drawn: plain, or mezo (as its code does, 1000 for evaluation).")
-    train_rows: int | None = setting(1000, "Training rows, drawn by data_seed; none for all.")
-    eval_rows: int | None = setting(300, "Held-out rows, drawn by data_seed; none for all.")
+    protocol: str = setting("plain", "How rows are drawn: plain, or mezo (as its code draws them).")
+    train_rows: int = setting(1000, "Training rows, drawn by data_seed; 0 for all.")
+    eval_rows: int | None = setting(
+        None, "Held-out rows, drawn by data_seed; 0 for all. Default: 300, or with protocol mezo its 1000."
+    )
     eval_every: int = setting(100, "Steps between evaluations.")
     snapshot_every: int = setting(100, "Steps between snapshots, from which a killed run resumes.")
     seed: int = setting(0, "Fixes all noise.")
@@ -70,7 +72,7 @@ class TrainConfig:
         "For low-rank methods with rule sgd: steps between writes of matrices' moves (50, say). Others never wait long.",
     )
     low_precision: str = setting("carry", "How bf16 and fp16 weights take small updates: carry, plain or stochastic.")
-    engine: str = setting("auto", "auto, layerwise or in_place.")
+    engine: str = setting("auto", "auto, batched, layerwise or in_place.")
     noise: str = setting("normal", "normal (table), gaussian (exact) or rademacher.")
     max_length: int = setting(2048, "Longest prompt plus answer, in tokens; longer prompts lose their beginning.")
     device: str | None = setting(None, "cpu, cuda, ... Default: the first GPU if there is one.")
@@ -78,10 +80,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Collect everything that is out of range and say it at once."""
         wrong = []
-        for name in ("steps", "batch_size", "micro_batch", "train_rows", "eval_rows", "eval_every", "snapshot_every"):
+        for name in ("steps", "batch_size", "micro_batch", "eval_every", "snapshot_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 wrong.append(f"{name} must be at least 1, got {value}")
+        least = 1 if self.protocol == "mezo" else 0
+        for name in ("train_rows", "eval_rows"):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                need = "at least 1 with protocol mezo, which draws a number of rows" if least else "at least 0 (all)"
+                wrong.append(f"{name} must be {need}, got {value}")
         for name, known in (("precision", tuple(PRECISIONS)), ("schedule", SCHEDULES), ("protocol", PROTOCOLS)):
             value = getattr(self, name)
             if value not in known:

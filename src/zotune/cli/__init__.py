@@ -1,4 +1,4 @@
-"""The command line: `zotune train | evaluate | replay | import-finetuner | methods | doctor`."""
+"""The command line: `zotune train | evaluate | compare | replay | learn | import-finetuner | methods | tasks | doctor`."""
 
 import sys
 

@@ -29,10 +29,10 @@ class LearnConfig:
     epochs_per_restart: int = setting(5, "Passes after which the weights return to the base model's.")
     batch_size: int = setting(8, "Examples per visit.")
     micro_batch: int | None = setting(None, "Examples per forward and backward pass, if a batch does not fit.")
-    train_rows: int | None = setting(300, "Training rows of each task; none for all.")
+    train_rows: int = setting(300, "Training rows of each task; 0 for all.")
     lr_llm: float = setting(1e-2, "Learning rate of the model along its trajectory (SGD, falling to 0).")
     momentum: float = setting(0.8, "Of the trajectory.")
-    clip: float | None = setting(1.0, "Largest norm of the trajectory's gradient; none for no limit.")
+    clip: float | None = setting(1.0, "Largest norm of the trajectory's gradient; inf for no limit.")
     lr_mlp: float | None = setting(None, "Learning rate of the networks. Default: 0.1 (paper), 0.001 (corrected).")
     lr_update: float = setting(1e-6, "Length of the zeroth-order step that is judged; corrected: give the tuned one.")
     eps: float = setting(1e-3, "Perturbation scale of the probes.")
@@ -65,16 +65,17 @@ class LearnConfig:
 
     def _checks(self) -> list[tuple[bool, str]]:
         names = self.task_names
-        whole = ("epochs", "epochs_per_restart", "batch_size", "micro_batch", "train_rows", "snapshot_every")
+        whole = ("epochs", "epochs_per_restart", "batch_size", "micro_batch", "snapshot_every")
         checks = [
             (value is None or value >= 1, f"{name} must be at least 1, got {value}")
             for name in whole
             for value in [getattr(self, name)]
         ]
         ranges: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+            ("train_rows", lambda v: v >= 0, "at least 0 (all)"),
             ("lr_llm", lambda v: v >= 0, "at least 0"),
             ("momentum", lambda v: 0 <= v < 1, "of [0, 1)"),
-            ("clip", lambda v: v > 0, "positive, or none"),
+            ("clip", lambda v: v > 0, "positive, or inf"),
             ("lr_mlp", lambda v: v >= 0, "at least 0"),
             ("lr_update", lambda v: v > 0, "positive: a step of length 0 teaches nothing"),
             ("eps", lambda v: v > 0, "positive"),

@@ -28,6 +28,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from zotune.core.context import Context, Estimate
 from zotune.core.direction import HERE, Combination, Scaled
 from zotune.core.site import Site
@@ -77,10 +79,11 @@ class Blockwise(Base):
             plus, minus = ctx.loss([moved + eps * z_b, moved - eps * z_b])
             rho = (plus - minus) / (2 * eps)
             g += rho * z_b
-            rhos.append(float(rho))
+            rhos.append(rho)
             losses.append((plus + minus) / 2)
         loss = losses[0] if self.update == "each" else sum(losses) / len(losses)
-        return Estimate(g, loss, {"rho": max(rhos, key=abs)})
+        slopes = torch.stack(rhos)
+        return Estimate(g, loss, {"rho": slopes[slopes.abs().argmax()]})
 
 
 def blocks_of(sites: Sequence[Site], level: str) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ vector comes from Li, Zheng, Tan, "guiding spark", IEEE TEVC 2017.
     g = rho v                                                                    v is not normalised
 
 Forwards per step: M + 2. Greedy has its plus side from the pool: M + 1, the same number, as all queries of a step see the
-same batch, masks and weights. Extra memory: none, v is rebuilt from its M streams (6 M draws of noise a step for the
+same batch, masks and weights. Extra memory: none beside what the source keeps; v is rebuilt from its M streams (6 M draws of noise a step for the
 guiding vector, against 4 of MeZO). Only the ranks of the pool's losses matter, and neither v's sign nor the loss's
 scale nor its offset.
 
@@ -86,6 +86,7 @@ class Pizo(Base):
 
     name: ClassVar[str] = "pizo"
     paper: ClassVar[str] = "Jin, Cen, Tan 2026, arXiv 2601.04710"
+    extra_state: ClassVar[str] = "none, or what the source keeps"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -110,7 +111,7 @@ class Pizo(Base):
             )
 
     @property
-    def forwards(self) -> int:
+    def forwards(self) -> float:
         """Queries per step."""
         return self.pool + (1 if self._winner_is_known else 2)
 
@@ -119,7 +120,7 @@ class Pizo(Base):
         return self.variant == "greedy" and self.reuse
 
     def extra_bytes(self, sites: Sequence[Site]) -> int:
-        """What the source keeps."""
+        """See `Method.extra_bytes`."""
         return self._source.extra_bytes(sites)
 
     def estimate(self, ctx: Context) -> Estimate:
