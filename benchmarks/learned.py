@@ -36,8 +36,8 @@ from common import machine
 from learned_report import report
 
 from zotune.config import TrainConfig
-from zotune.core.errors import ClosureError
 from zotune.core.site import canonical_name
+from zotune.errors import ClosureError
 from zotune.finetuner.folder import save_folder
 from zotune.finetuner.networks import FEATURES, HIDDEN, Networks
 from zotune.finetuner.profile import moments

@@ -23,7 +23,7 @@ import torch
 from common import machine
 from quadratic_runs import PROBLEMS, D, Problem, Setup, run
 
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 from zotune.methods import METHODS
 from zotune.rules import RULES
 

@@ -24,7 +24,7 @@ from common import machine, write
 from zotune.cli.comparison_display import ComparisonDisplay
 from zotune.comparing import compare
 from zotune.config import TrainConfig
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 from zotune.tasks.catalogue import find_task
 
 TASKS = ("sst2", "rte", "cb", "copa", "agnews", "trec")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from zotune.version import __version__
 
 if TYPE_CHECKING:
-    from zotune.core.errors import ZotuneError
     from zotune.core.ledger import Ledger, read_ledger
+    from zotune.errors import ZotuneError
     from zotune.methods.mezo import MeZO
     from zotune.optimizer import ZO
     from zotune.replaying import replay
@@ -19,7 +19,7 @@ _HOMES = {
     "ZO": "zotune.optimizer",
     "Ledger": "zotune.core.ledger",
     "MeZO": "zotune.methods.mezo",
-    "ZotuneError": "zotune.core.errors",
+    "ZotuneError": "zotune.errors",
     "read_ledger": "zotune.core.ledger",
     "replay": "zotune.replaying",
 }

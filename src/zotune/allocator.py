@@ -13,7 +13,7 @@ import ctypes
 import os
 import sys
 
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 
 SWITCH = "ZOTUNE_ALLOCATOR"
 KEEPS, SYSTEM = "keep", "system"

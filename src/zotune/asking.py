@@ -3,7 +3,7 @@
 from typing import Any
 
 from zotune.assess import numbers
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 from zotune.evaluate import evaluate_calibrated
 from zotune.job import Job, Listener
 from zotune.tasks.demonstrations import with_demonstrations

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from zotune.core.errors import ConfigError, ZotuneError
+from zotune.errors import ConfigError, ZotuneError
 
 Say = Callable[[str], None]
 

@@ -18,7 +18,7 @@ from zotune.baselines import Row, comparison_markdown, draw_comparison
 from zotune.baselines.first_order import can_checkpoint, check_trainable, forward_equivalents
 from zotune.config import TrainConfig
 from zotune.contestants import UNTRAINED, Contestant, Ground, find_contestants
-from zotune.core.errors import ConfigError, DataError, ZotuneError
+from zotune.errors import ConfigError, DataError, ZotuneError
 from zotune.extras import require
 from zotune.job import Job, load, make_optimizer
 from zotune.run_folder import RunFolder, write_json

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 
 PRECISIONS = {
     "auto": "the fastest that learns: fp32 weights with bf16 autocast on a CPU with bf16 products, bf16 on a GPU, else fp32",

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from zotune.baselines.first_order import FIRST_ORDER
 from zotune.config import TrainConfig
-from zotune.core.errors import ConfigError
 from zotune.core.registry import check_name
+from zotune.errors import ConfigError
 from zotune.evaluate import Evaluation
 from zotune.job import Job, Listener, Loaded, method_options, seat
 from zotune.methods import METHODS, make_method

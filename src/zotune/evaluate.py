@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zotune.core.errors import ConfigError, DataError
+from zotune.errors import ConfigError, DataError
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.layout import count_rows
 from zotune.tasks.packing_trial import eval_mode as eval_mode  # handed on: evaluations run in it

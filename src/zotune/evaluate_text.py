@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zotune.core.errors import DataError
+from zotune.errors import DataError
 from zotune.evaluate import Progress, check_asked
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.generation import Generated, Generator

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from zotune.core.errors import MissingExtraError
+from zotune.errors import MissingExtraError
 
 
 def require(module: str, *, extra: str, purpose: str) -> Any:

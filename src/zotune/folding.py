@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from zotune.core.direction import Direction
-from zotune.core.errors import ClosureError
 from zotune.core.pending import Move, Pending, moves_of
 from zotune.core.site import Site
 from zotune.core.weights import Weights
+from zotune.errors import ClosureError
 from zotune.kernels.contract import Term
 
 Trial = Callable[[Direction, dict[str, Any]], Direction]  # where a rule would move a parameter group
@@ -24,7 +24,7 @@ Trial = Callable[[Direction, dict[str, Any]], Direction]  # where a rule would m
 class Folding:
     """Pending moves of an optimizer, folded into its weights in every `every`-th step; 0: nothing is ever pending."""
 
-    def __init__(self, weights: Weights, every: int, low_rank: bool = True) -> None:
+    def __init__(self, weights: Weights, every: int, low_rank: bool) -> None:
         self.weights = weights
         self.every = every
         self.low_rank = low_rank  # whether the method's moves are; else they are late

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from zotune.core.common_random import common_random_numbers
-from zotune.core.errors import ConfigError, DataError, ModelError
+from zotune.errors import ConfigError, DataError, ModelError
 from zotune.extras import require
 from zotune.tasks.catalogue import TASKS, find_task
 from zotune.tasks.task import refuse_overlap

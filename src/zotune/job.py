@@ -10,11 +10,11 @@ from torch import Tensor
 
 from zotune.assess import Assessor
 from zotune.config import TrainConfig
-from zotune.core.errors import ConfigError
 from zotune.core.ledger import Ledger, weights_hash
 from zotune.core.registry import options_of
 from zotune.core.site import canonical_name
 from zotune.engines.layerwise import Layerwise
+from zotune.errors import ConfigError
 from zotune.masked import MaskedScorer, encode_all_masked, find_masked_template
 from zotune.methods import defaults, make_method
 from zotune.models import load_any

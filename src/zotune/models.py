@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from zotune.cache import Say, silent
-from zotune.core.errors import ModelError
+from zotune.errors import ModelError
 from zotune.extras import require
 from zotune.masked.loading import load_masked
 from zotune.packaged import ALIAS, load_gguf, packaged_model_folder, without_bars

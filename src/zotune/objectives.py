@@ -12,8 +12,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from zotune.core.errors import ConfigError, DataError
 from zotune.core.registry import check_name
+from zotune.errors import ConfigError, DataError
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.generation import Generator
 from zotune.tasks.importing import find_object

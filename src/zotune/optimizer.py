@@ -13,13 +13,13 @@ from torch._compile import _disable_dynamo  # as torch.optim uses it: does not i
 
 from zotune.core.context import AskExamples, Context, Estimate
 from zotune.core.direction import Direction
-from zotune.core.errors import ClosureError, ConfigError
 from zotune.core.ledger import Entry, Ledger, sites_hash
 from zotune.core.noise import check_kind, stream
 from zotune.core.site import Site
 from zotune.core.step import Closure, Engine, Method, Outcome, Rule, settle
 from zotune.core.weights import Change, Slot, Weights
 from zotune.engines import make_engine
+from zotune.errors import ClosureError, ConfigError
 from zotune.folding import Folding
 from zotune.methods import make_method
 from zotune.parameters import (
@@ -29,7 +29,6 @@ from zotune.parameters import (
     default_eps,
     eps_factors,
     hyperparameters_of,
-    makes_low_rank,
     named_groups,
     trial_of,
     warn_small_eps,
@@ -117,7 +116,7 @@ class ZO(torch.optim.Optimizer):
         check_folding(fold_every, self.method, self.rule, self.param_groups)
         warn_small_eps(tensors, self.param_groups[0]["eps"])
         self.weights = Weights(self._named(), low_precision)
-        self.folding = Folding(self.weights, fold_every, makes_low_rank(self.method))
+        self.folding = Folding(self.weights, fold_every, self.method.low_rank)
         self.engine: Engine = make_engine(engine, self.weights, self.method, self.rule)
         self.ledger = Ledger(ledger) if isinstance(ledger, str | Path) else ledger
         self.last: Outcome | None = None
@@ -263,13 +262,12 @@ class ZO(torch.optim.Optimizer):
             where = self.seed, self.step_number
             later = self.folding.take(estimate.direction, self.rule.trial, self.param_groups, *where)
         self.weights.low_precision.begin(self.seed, self.step_number)
-        displacements = getattr(self.rule, "displacements", None)  # a rule of one's own need not have it
         moves: list[tuple[Slot, Change, Direction | None]] = []
         for group in self.param_groups:
             slots = [self.weights.by_tensor[id(parameter)] for parameter in group["params"]]
             slots = [slot for slot in slots if slot.site.name not in later]
             sites = [slot.site for slot in slots]
-            along = [None] * len(slots) if displacements is None else displacements(sites, estimate, group)
+            along = self.rule.displacements(sites, estimate, group)
             changes = [partial(self._change, estimate, group, self.state[slot.tensor]) for slot in slots]
             moves.extend(zip(slots, changes, along, strict=True))
         self.weights.update_all(moves, self.folding.late)

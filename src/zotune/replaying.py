@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from zotune.core.errors import LedgerError
 from zotune.core.ledger import Entry, LedgerFile, check_header
 from zotune.engines.recorded import Recorded
+from zotune.errors import LedgerError
 from zotune.optimizer import ZO
 
 

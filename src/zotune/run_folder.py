@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 from zotune.extras import require
 from zotune.optimizer import ZO
 from zotune.packaged import without_bars

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zotune.core.errors import ConfigError
 from zotune.core.registry import options_of
+from zotune.errors import ConfigError
 from zotune.version import __version__
 
 

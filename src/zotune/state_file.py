@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zotune.core.errors import DataError
+from zotune.errors import DataError
 
 FORMAT = "zotune state 1"
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from zotune.assess import numbers
 from zotune.config import TrainConfig
-from zotune.core.errors import DataError
 from zotune.core.ledger import check_header, has_header, read_ledger, weights_hash
+from zotune.errors import DataError
 from zotune.evaluate import fit_prior_correction, prior_corrected
 from zotune.job import Job, Listener, make_optimizer, plan, prepare
 from zotune.objectives import SignalWatch, closure_for

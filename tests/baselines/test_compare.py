@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from zotune.baselines import Row, comparison_markdown, comparison_table, measure, meter, verdict
-from zotune.core.errors import DataError
+from zotune.errors import DataError
 from zotune.evaluate import Evaluation
 
 MIB = 2**20

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zotune.baselines import FIRST_ORDER, train_first_order
 from zotune.baselines.first_order import forward_equivalents
-from zotune.core.errors import ClosureError, ConfigError, DataError, ParameterError
+from zotune.errors import ClosureError, ConfigError, DataError, ParameterError
 from zotune.evaluate import evaluate
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.scoring import OptionScorer

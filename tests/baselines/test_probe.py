@@ -5,7 +5,7 @@ import torch
 
 from zotune.baselines import linear_probe
 from zotune.baselines.probe import Classifier, features
-from zotune.core.errors import ConfigError, DataError, ModelError
+from zotune.errors import ConfigError, DataError, ModelError
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.scoring import OptionScorer
 from zotune.tuning import make_mode

@@ -4,17 +4,17 @@ import math
 
 import torch
 
-from zotune.core import noise
 from zotune.core.direction import Noise
 from zotune.core.noise import stream
 from zotune.core.site import Site
+from zotune.kernels import row_numbers
 
 N = 1 << 16
 
 
 def anew(direction, site, *args):
     """The direction on a site, with everything forgotten that was kept from before: a kept answer would prove nothing."""
-    noise._local.__dict__.clear()
+    row_numbers.local.__dict__.clear()
     return direction.realise(site, *args)
 
 

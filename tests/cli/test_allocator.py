@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import zotune.allocator as allocator
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 
 GLIBC = allocator._left_alone() is None
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from zotune.config import TrainConfig, load_config
-from zotune.core.errors import ConfigError, DataError, LedgerError
+from zotune.errors import ConfigError, DataError, LedgerError
 from zotune.kernels.dispatch import choice_for
 from zotune.kernels.native import NativeBackend
 

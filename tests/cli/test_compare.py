@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from zotune.core.errors import ConfigError, DataError, ParameterError
 from zotune.core.ledger import read_ledger
+from zotune.errors import ConfigError, DataError, ParameterError
 from zotune.tasks.rows import SPLITS
 
 EVERY = "zero-shot,prior-corrected,in-context,probe,mezo,es,adamw,adamw-lora,mezo:lora@1e-2"

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from zotune.core.errors import ConfigError, DataError, LedgerError, ModelError
 from zotune.core.ledger import read_ledger
+from zotune.errors import ConfigError, DataError, LedgerError, ModelError
 
 LEFT_BEHIND = {"run.json", "ledger.jsonl", "metrics.jsonl", "results.json", "curves.png", "model"}
 

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from zotune import job
 from zotune.config import load_config
-from zotune.core.errors import ConfigError
 from zotune.core.ledger import read_ledger
+from zotune.errors import ConfigError
 from zotune.job import Listener
 from zotune.run_folder import RunFolder
 from zotune.training import train

@@ -2,8 +2,8 @@
 
 import pytest
 
-from zotune.core.errors import ConfigError
 from zotune.core.ledger import read_ledger
+from zotune.errors import ConfigError
 
 
 def test_it_trains_and_replays_from_its_ledger(run, arguments, tiny, tmp_path):

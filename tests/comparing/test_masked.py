@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaske
 
 from zotune.comparing import compare
 from zotune.config import TrainConfig
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 
 TEXTS = ("a gripping film", "a dull film")
 

@@ -8,10 +8,10 @@ from tests.support.models import CASES, Case, of_module
 from torch import nn
 from torch.nn import functional as F
 
-from zotune.core.errors import EngineError
 from zotune.core.weights import Weights
 from zotune.engines.batched import Auto, Batched
 from zotune.engines.in_place import InPlace
+from zotune.errors import EngineError
 from zotune.optimizer import ZO
 
 

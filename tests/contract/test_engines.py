@@ -23,15 +23,15 @@ from tests.support.models import CASES, DTYPES, Case, assert_same_bits, snapshot
 from torch import nn
 from torch.nn import functional as F
 
-from zotune.core import noise
 from zotune.core.direction import HERE, Combination, Noise, Scaled
-from zotune.core.errors import ClosureError, ConfigError, EngineError, ParameterError
 from zotune.core.noise import stream
 from zotune.core.site import Site
 from zotune.engines import ENGINES
 from zotune.engines.forms import embedding_rows, form_for, linear_chunks
 from zotune.engines.in_place import InPlace
 from zotune.engines.layerwise import Layerwise
+from zotune.errors import ClosureError, ConfigError, EngineError, ParameterError
+from zotune.kernels import row_numbers
 from zotune.optimizer import ZO
 
 engines = pytest.mark.parametrize("engine", ENGINES)
@@ -607,7 +607,7 @@ def test_inference_mode_around_some_steps(engine, dtype):
     """Buffers made inside it must not be inference tensors: nothing outside could write to them again."""
 
     def run(inside):
-        noise._local.__dict__.clear()
+        row_numbers.local.__dict__.clear()
         torch.manual_seed(0)
         case = CASES["llama"](dtype)
         opt = make(case, engine, lr=1e-3)

@@ -10,7 +10,6 @@ from tests.support.models import bits
 from torch import nn
 
 from zotune.core.direction import HERE, Noise
-from zotune.core.errors import ClosureError, EngineError, LedgerError
 from zotune.core.noise import stream
 from zotune.core.weights import Weights
 from zotune.engines import batched_example_layers as layers
@@ -18,6 +17,7 @@ from zotune.engines.batched import Auto, Batched
 from zotune.engines.in_place import InPlace
 from zotune.engines.layerwise import Layerwise
 from zotune.engines.recorded import Recorded
+from zotune.errors import ClosureError, EngineError, LedgerError
 from zotune.optimizer import ZO
 
 Z = checks.direction()

@@ -21,9 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from zotune.core.direction import Noise, Scaled
-from zotune.core.errors import ClosureError, EngineError
 from zotune.core.noise import stream
 from zotune.engines import ENGINES
+from zotune.errors import ClosureError, EngineError
 from zotune.optimizer import ZO
 
 FP64, FP32, BF16 = torch.float64, torch.float32, torch.bfloat16

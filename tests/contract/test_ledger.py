@@ -18,8 +18,8 @@ from tests.checks.ledger import (
 from tests.support.models import CASES, assert_same_bits, snapshot
 from torch import nn
 
-from zotune.core.errors import ClosureError, LedgerError
 from zotune.core.ledger import Entry, Ledger, read_ledger, sites_hash, weights_hash
+from zotune.errors import ClosureError, LedgerError
 from zotune.optimizer import PATIENCE, ZO
 from zotune.replaying import optimizer_for, replay
 

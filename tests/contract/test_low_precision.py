@@ -11,11 +11,11 @@ from tests.checks.precision import check_carried_bits_keep_small_updates, displa
 from tests.support.models import bits
 from torch import nn
 
-from zotune.core.errors import ConfigError
 from zotune.core.noise import stream
 from zotune.core.site import Site
 from zotune.core.weights import STORAGES, Slot, Stochastic, Weights
 from zotune.engines.recorded import Recorded
+from zotune.errors import ConfigError
 from zotune.kernels.halves import JOIN, SPLIT
 from zotune.optimizer import ZO
 

@@ -12,8 +12,8 @@ from tests.checks.engines import check_nonfinite_losses_are_refused, make
 from tests.support.models import CASES, assert_same_bits, snapshot
 from torch import nn
 
-from zotune.core.errors import ClosureError, ConfigError, ParameterError
 from zotune.engines import ENGINES
+from zotune.errors import ClosureError, ConfigError, ParameterError
 from zotune.methods.mezo import MeZO
 from zotune.optimizer import PATIENCE, ZO
 from zotune.parameters import default_eps

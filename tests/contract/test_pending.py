@@ -14,16 +14,16 @@ from tests.checks.mezo import SEED, twin_model
 from tests.support.models import CASES, assert_same_bits, snapshot
 
 from zotune.core.direction import Combination, Noise
-from zotune.core.errors import ClosureError, ConfigError, LedgerError
 from zotune.core.factors import Factors
 from zotune.core.grids import grid_bits
 from zotune.core.ledger import read_ledger
 from zotune.core.low_rank import LowRank, normal_matrix
 from zotune.core.noise import stream
-from zotune.core.pending import MAX_RANK, Pending, low_rank_parts, moves_of
+from zotune.core.pending import MAX_COLUMNS, Pending, low_rank_parts, moves_of
 from zotune.core.site import Site
 from zotune.core.weights import Weights
 from zotune.engines import ENGINES
+from zotune.errors import ClosureError, ConfigError, LedgerError
 from zotune.folding import Folding
 from zotune.optimizer import ZO
 from zotune.replaying import optimizer_for, replay
@@ -117,7 +117,7 @@ def test_parts_of_the_weights_that_count(turned, dtype, pending):
     values = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
     weights = Weights([("w", torch.nn.Parameter(values.t().contiguous().t() if turned else values))])
     weights.slots["w"].carried = torch.arange(30, dtype=torch.int16).view(5, 6) if dtype == torch.bfloat16 else None
-    folding, site = Folding(weights, 10), weights.slots["w"].site
+    folding, site = Folding(weights, 10, low_rank=True), weights.slots["w"].site
     if pending:
         low_rank = LowRank({"w": Factors.of(torch.randn(5, 2), torch.randn(6, 2))})
         folding.pending.absorb(moves_of(1.0 * low_rank, [site])[0])
@@ -561,8 +561,8 @@ def test_what_shares_no_factor_does_not_fit_and_many_columns_are_too_many():
     copy = replace(factors_of(7, "tall"))
     assert copy.kept is not factors_of(0, "tall").kept
     assert pending.fits(moves_of(LowRank({"tall": copy}), SITES)[0]), "equal numbers are as good as the same tensor"
-    for number in range(1 + MAX_RANK // 2):
-        assert pending.is_full() == (2 * (number + 1) > MAX_RANK)
+    for number in range(1 + MAX_COLUMNS // 2):
+        assert pending.is_full() == (2 * (number + 1) > MAX_COLUMNS)
         kept = Factors.of(torch.ones(7, 2), torch.full((4, 2), float(number + 1)))
         pending.absorb(moves_of(LowRank({"tall": kept}), SITES)[0])
     whole = pending.direction().realise(SITES[0], torch.float64)

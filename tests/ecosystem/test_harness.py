@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from zotune.cli.harness import evaluate_with_harness, trained_folder
-from zotune.core.errors import ConfigError, DataError, MissingExtraError, ModelError
+from zotune.errors import ConfigError, DataError, MissingExtraError, ModelError
 from zotune.models import load_model
 
 needs_harness = pytest.mark.skipif(

@@ -13,8 +13,8 @@ import torch
 from tests.support.models import assert_same_bits, bits
 from torch import nn
 
-from zotune.core.errors import ClosureError, ConfigError
 from zotune.engines import ENGINES
+from zotune.errors import ClosureError, ConfigError
 from zotune.optimizer import ZO
 
 engines = pytest.mark.parametrize("engine", sorted({"auto", *ENGINES}))

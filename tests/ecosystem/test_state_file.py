@@ -9,7 +9,7 @@ from safetensors import safe_open
 from tests.support.methods import VARIANTS
 from tests.support.models import CASES, assert_same_bits, snapshot
 
-from zotune.core.errors import DataError
+from zotune.errors import DataError
 from zotune.state_file import read_state, write_state
 
 

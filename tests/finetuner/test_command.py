@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import zotune.models
 from zotune.cli.app import app
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 from zotune.finetuner.fingerprint import cuda_network
 from zotune.finetuner.folder import load_folder
 

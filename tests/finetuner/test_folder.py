@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from zotune.errors import FinetunerError
 from zotune.finetuner import folder as folders
 from zotune.finetuner.folder import load_folder, save_folder
-from zotune.finetuner.networks import FinetunerError, from_flat, untrained
+from zotune.finetuner.networks import from_flat, untrained
 
 NAMES = ["model.embed_tokens.weight", "model.norm.weight"]
 

@@ -8,8 +8,8 @@ import torch
 from tests.finetuner.conftest import fresh_network, llama_names
 from torch import nn
 
+from zotune.errors import FinetunerError
 from zotune.finetuner.importer import read_released
-from zotune.finetuner.networks import FinetunerError
 
 NAMES = llama_names(1)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 from zotune.finetuner.names import assign, listed, shuffled
 
 TIED = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tests.reference.zo_finetuner import as_module
 
-from zotune.finetuner.networks import FinetunerError, Networks, from_flat, untrained
+from zotune.errors import FinetunerError
+from zotune.finetuner.networks import Networks, from_flat, untrained
 
 NAMES = [f"layer{i}.weight" for i in range(8)]
 

@@ -11,7 +11,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 import zotune.hf
-from zotune.core.errors import ConfigError, MissingExtraError
+from zotune.errors import ConfigError, MissingExtraError
 from zotune.hf import ZOArguments
 from zotune.hf.arguments import settle_arguments
 from zotune.hf.settings import read_options

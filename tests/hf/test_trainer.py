@@ -9,8 +9,8 @@ from tests.support.models import bits
 from transformers import AutoModelForCausalLM
 
 import zotune
-from zotune.core.errors import ConfigError
 from zotune.core.ledger import read_ledger
+from zotune.errors import ConfigError
 from zotune.hf import ZOTrainer
 from zotune.job import Listener
 from zotune.rebuild import rebuild

@@ -218,7 +218,7 @@ def test_an_answer_stays_where_it_was_computed(dtype, shape):
 
 
 def test_an_answer_that_is_no_number_is_refused_on_a_device_too():
-    from zotune.core.errors import ClosureError
+    from zotune.errors import ClosureError
 
     weights = Variant("mezo").optimizer(fresh()).weights
     with pytest.raises(ClosureError, match="shape"):

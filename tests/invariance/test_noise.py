@@ -20,9 +20,9 @@ from tests.checks.noise import (
 from torch import nn
 
 from zotune.core.direction import Noise
-from zotune.core.errors import ConfigError
 from zotune.core.noise import KINDS, check_kind, stream, uniform
 from zotune.core.site import Site, canonical_name
+from zotune.errors import ConfigError
 from zotune.kernels.dispatch import using
 from zotune.kernels.reference import ReferenceBackend
 from zotune.kernels.row_numbers import local

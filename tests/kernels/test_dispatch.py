@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from zotune.cli import doctor
+from zotune.errors import KernelError
 from zotune.kernels import dispatch, native, openmp
 from zotune.kernels.contract import Run, Term
-from zotune.kernels.dispatch import KernelError, choice_for, using
+from zotune.kernels.dispatch import choice_for, using
 from zotune.kernels.reference import ReferenceBackend
 
 anew = dispatch._choose.__wrapped__  # the choice as a new process makes it

@@ -8,12 +8,12 @@ import torch
 from tests.reference.zo_finetuner import as_module
 from tests.support.models import CASES
 
-from zotune.core.errors import ConfigError
 from zotune.core.ledger import weights_hash
+from zotune.errors import ConfigError, FinetunerError
 from zotune.finetuner.folder import load_folder, save_folder
 from zotune.finetuner.importer import read_released
 from zotune.finetuner.names import assign
-from zotune.finetuner.networks import NUMBERS, FinetunerError, untrained
+from zotune.finetuner.networks import NUMBERS, untrained
 from zotune.job import Listener
 from zotune.learn.config import LearnConfig
 from zotune.learn.cost import memory

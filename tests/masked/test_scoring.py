@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import zotune
-from zotune.core.errors import ConfigError, DataError, ModelError
 from zotune.core.site import canonical_name
+from zotune.errors import ConfigError, DataError, ModelError
 from zotune.evaluate import evaluate
 from zotune.masked import MaskedScorer, encode_all_masked, find_masked_template, load_masked
 from zotune.tasks.encoding import Encoded

@@ -2,7 +2,7 @@
 
 import pytest
 
-from zotune.core.errors import ConfigError, DataError, ModelError
+from zotune.errors import ConfigError, DataError, ModelError
 from zotune.masked import MASKED_TEMPLATES, MaskedTemplate, encode_all_masked, encode_masked, find_masked_template
 
 PAIR = {"premise": "The cat sat.", "hypothesis": "The cat ran.", "label": 1}

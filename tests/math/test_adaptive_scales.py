@@ -18,9 +18,9 @@ from tests.checks.adaptive_scales import (
 from tests.support.bare import bare_context, estimate_of, sites_of
 from torch import nn
 
-from zotune.core.errors import ConfigError
 from zotune.core.ledger import read_ledger
 from zotune.core.site import Site
+from zotune.errors import ConfigError
 from zotune.methods.adaptive_scales import AdaptiveScales, groups_of
 from zotune.optimizer import ZO
 from zotune.replaying import replay

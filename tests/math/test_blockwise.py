@@ -10,8 +10,8 @@ from tests.checks.rules import check_resumes
 from tests.support.bare import estimate_of
 from tests.support.models import CASES, assert_same_bits, snapshot
 
-from zotune.core.errors import ConfigError
 from zotune.core.site import Site
+from zotune.errors import ConfigError
 from zotune.methods.blockwise import Blockwise, blocks_of
 from zotune.optimizer import ZO
 

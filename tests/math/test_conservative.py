@@ -9,7 +9,7 @@ from tests.checks.engines import make
 from tests.checks.rules import check_resumes
 from tests.support.models import CASES
 
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 from zotune.methods.conservative import Conservative
 from zotune.optimizer import ZO
 from zotune.rules import RULES

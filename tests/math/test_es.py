@@ -19,7 +19,7 @@ from tests.checks.kerzoo import scalars
 from tests.checks.mezo import SEED, quadratic
 from tests.support.bare import estimate_of
 
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 from zotune.methods.es import ES, centred_ranks
 from zotune.optimizer import ZO
 

@@ -17,11 +17,11 @@ from torch import nn
 
 from zotune.core.context import Context
 from zotune.core.direction import Combination, Noise
-from zotune.core.errors import ConfigError
 from zotune.core.ledger import read_ledger
 from zotune.core.noise import stream
 from zotune.core.site import Site
 from zotune.engines.layerwise import Layerwise
+from zotune.errors import ConfigError
 from zotune.methods.forward_grad import ForwardGrad
 from zotune.optimizer import ZO
 from zotune.replaying import optimizer_for, replay

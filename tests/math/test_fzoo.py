@@ -17,7 +17,7 @@ from tests.checks.kerzoo import scalars, scripted
 from tests.checks.mezo import SEED, quadratic, realised
 from tests.support.bare import bare_context, estimate_of
 
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 from zotune.methods.fzoo import FZOO
 from zotune.optimizer import ZO
 

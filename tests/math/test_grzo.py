@@ -8,7 +8,7 @@ from tests.checks import grzo as checks
 from tests.checks.grzo import estimate_on, start
 
 from zotune.config import TrainConfig
-from zotune.core.errors import ClosureError, ConfigError
+from zotune.errors import ClosureError, ConfigError
 from zotune.job import prepare
 from zotune.methods.grzo import GRZO, spread_of
 from zotune.optimizer import ZO

@@ -17,7 +17,7 @@ from tests.checks.mezo import SEED, twin_model
 from tests.support.bare import bare_context, estimate_of, flat, realised
 from tests.support.models import CASES, assert_same_bits, snapshot
 
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 from zotune.methods.jaguar import Jaguar, subset
 from zotune.methods.mezo import MeZO
 from zotune.optimizer import ZO

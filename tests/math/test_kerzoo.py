@@ -35,7 +35,7 @@ from tests.reference.kerzoo import KERNELS, averaging_weights
 from tests.support.bare import bare_context, estimate_of, flat
 from tests.support.bare import realised as parts_of
 
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 from zotune.methods.kerzoo import ORDERS, KerZOO, kernel
 from zotune.optimizer import ZO
 

@@ -29,10 +29,10 @@ from tests.support.bare import bare_context, estimate_of, flat, realised
 from tests.support.models import CASES, assert_same_bits, snapshot
 
 from zotune.core.direction import Noise
-from zotune.core.errors import ConfigError
 from zotune.core.ledger import read_ledger
 from zotune.core.noise import stream
 from zotune.core.site import Site
+from zotune.errors import ConfigError
 from zotune.methods.ldsd import LDSD, leave_one_out
 from zotune.methods.mezo import MeZO
 from zotune.methods.pizo import Pizo

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from tests.support.bare import bare_context, realised
 
 from zotune.core.direction import HERE, Noise
-from zotune.core.draws import draw_many, draw_stack
-from zotune.core.errors import ConfigError
+from zotune.core.draws import draw_flat, draw_stack
 from zotune.core.factors import Factors
 from zotune.core.frames import Frames
 from zotune.core.grids import MAX_RANK, grid_bits, on_grid, on_grids
@@ -28,6 +27,7 @@ from zotune.core.low_rank import (
 )
 from zotune.core.noise import stream
 from zotune.core.site import Site
+from zotune.errors import ConfigError
 
 RANKS = (1, 2, 3, 8, 31, 128, 512)
 DTYPES = (torch.float32, torch.float64)
@@ -271,10 +271,9 @@ def test_noise_of_many_is_the_noise_of_each(kind):
     """Whatever the company and the order; the whole, and its beginning."""
     expected = {name: Noise(source(), kind).realise(Site(name, (count,))) for name, count in COUNTS.items()}
     for names in (list(COUNTS), list(COUNTS)[::-1], ["e"], ["c", "a"], []):
-        made = draw_many(source(), names, [COUNTS[name] for name in names], kind)
-        assert [len(values) for values in made] == [COUNTS[name] for name in names]
-        for name, values in zip(names, made, strict=True):
-            assert torch.equal(values, expected[name]), f"{name} among {names}"
+        flat, sizes = draw_flat(source(), names, [COUNTS[name] for name in names], kind)
+        for name, values in zip(names, torch.split(flat, list(sizes)), strict=True):
+            assert torch.equal(values[: COUNTS[name]], expected[name]), f"{name} among {names}"
         stacked = draw_stack(source(), names, 5, kind)
         assert stacked.shape == (len(names), 5)
         for name, values in zip(names, stacked, strict=True):

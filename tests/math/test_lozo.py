@@ -9,9 +9,9 @@ from tests.checks.lozo import estimates, weights
 from tests.checks.mezo import SEED
 from tests.support.bare import bare_context, estimate_of, flat, realised
 
-from zotune.core.errors import ConfigError
 from zotune.core.factors import TABLE_CEILING
 from zotune.core.site import Site
+from zotune.errors import ConfigError
 from zotune.methods.lozo import LOZO, Lazy
 from zotune.methods.sources import make_source
 

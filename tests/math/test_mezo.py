@@ -17,8 +17,8 @@ from tests.checks.mezo import (
 from torch import nn
 
 from zotune.core.direction import HERE, Noise
-from zotune.core.errors import ConfigError
 from zotune.core.noise import stream
+from zotune.errors import ConfigError
 from zotune.methods import METHODS
 from zotune.methods.mezo import MeZO
 from zotune.optimizer import ZO

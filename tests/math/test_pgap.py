@@ -10,10 +10,10 @@ from tests.checks.pgap import bases_of, problem
 from tests.support.bare import bare_context, estimate_of, flat, realised
 from tests.support.memory import peak_bytes
 
-from zotune.core.errors import ConfigError
 from zotune.core.low_rank import normal_matrix, random_basis
 from zotune.core.noise import stream
 from zotune.core.site import Site
+from zotune.errors import ConfigError
 from zotune.methods.pgap import PGAP, aligned, decomposed, exact_subspace, randomised_subspace
 from zotune.methods.subzero import Subspace
 

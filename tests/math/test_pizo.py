@@ -22,7 +22,7 @@ from tests.support.bare import bare_context, estimate_of, flat, realised
 from tests.support.models import CASES
 
 from zotune.core.direction import Scaled
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 from zotune.methods.mezo import MeZO
 from zotune.methods.pizo import Pizo, elite_size, ranked
 from zotune.methods.sources import SOURCES

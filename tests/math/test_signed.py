@@ -5,10 +5,10 @@ import torch
 from tests.checks import grzo as checks
 
 from zotune.core.direction import HERE, Noise, Scaled
-from zotune.core.errors import EngineError
 from zotune.core.noise import CHUNK, stream
 from zotune.core.signed import WEIGHT_BITS, differs, for_example, on_coarse_grid, signs_of
 from zotune.core.site import Site
+from zotune.errors import EngineError
 
 
 def test_elements_are_those_of_u():

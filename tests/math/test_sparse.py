@@ -12,10 +12,10 @@ from torch import nn
 
 from zotune.core import masked as core_masked
 from zotune.core.direction import Noise
-from zotune.core.errors import ConfigError
 from zotune.core.masked import Masked
 from zotune.core.noise import stream
 from zotune.core.site import Site
+from zotune.errors import ConfigError
 from zotune.methods.sources import make_source
 from zotune.methods.sparse import Sparse, densities_by_magnitude
 from zotune.optimizer import ZO

@@ -9,9 +9,9 @@ from tests.checks.mezo import SEED, twin_model
 from tests.checks.subzero import draw_at, weights
 from tests.support.bare import bare_context, estimate_of, flat, realised
 
-from zotune.core.errors import ConfigError
 from zotune.core.low_rank import as_matrix
 from zotune.core.site import Site
+from zotune.errors import ConfigError
 from zotune.methods.sources import make_source
 from zotune.methods.subzero import Subspace, SubZero
 from zotune.optimizer import ZO

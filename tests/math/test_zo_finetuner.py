@@ -26,11 +26,11 @@ from tests.support.bare import bare_context, estimate_of, sites_of
 from tests.support.models import CASES, assert_same_bits, snapshot
 from torch import nn
 
-from zotune.core.errors import ConfigError
 from zotune.core.ledger import read_ledger
 from zotune.core.site import Site
+from zotune.errors import ConfigError, FinetunerError
 from zotune.finetuner.folder import save_folder
-from zotune.finetuner.networks import FinetunerError, Networks, untrained
+from zotune.finetuner.networks import Networks, untrained
 from zotune.methods.zo_finetuner import ZOFineTuner
 from zotune.optimizer import ZO
 from zotune.replaying import optimizer_for, replay

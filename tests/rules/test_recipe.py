@@ -8,11 +8,11 @@ from tests.checks.rules import estimate, noise
 from tests.support.models import CASES, assert_same_bits, snapshot
 
 from zotune.core.direction import HERE, Combination, Scaled, Stored
-from zotune.core.errors import ConfigError
 from zotune.core.masked import Masked
 from zotune.core.noise import stream
 from zotune.core.recipe import from_recipe, to_recipe
 from zotune.core.site import Site
+from zotune.errors import ConfigError
 from zotune.optimizer import ZO
 from zotune.rules import make_rule
 

@@ -9,8 +9,8 @@ from tests.support.models import CASES, assert_same_bits, bits, snapshot
 
 from zotune.core.direction import HERE
 from zotune.core.elementwise import Sign
-from zotune.core.errors import ConfigError
 from zotune.core.site import Site
+from zotune.errors import ConfigError
 from zotune.optimizer import ZO
 from zotune.rules import RULES, make_rule
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from zotune import cache
-from zotune.core.errors import ConfigError, DataError
+from zotune.errors import ConfigError, DataError
 
 
 def fill(folder):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from zotune.core.errors import ConfigError, DataError
+from zotune.errors import ConfigError, DataError
 from zotune.tasks.catalogue import TASKS
 from zotune.tasks.demonstrations import with_demonstrations
 from zotune.tasks.encoding import encode, encode_all, special_tokens, truncation

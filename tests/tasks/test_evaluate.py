@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from zotune.core.errors import ConfigError, DataError
+from zotune.errors import ConfigError, DataError
 from zotune.evaluate import (
     Evaluation,
     evaluate,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zotune.core.errors import ConfigError, DataError
+from zotune.errors import ConfigError, DataError
 from zotune.tasks.generation import Generator, pad_left
 
 

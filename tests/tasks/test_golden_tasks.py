@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from zotune.core.errors import DataError
+from zotune.errors import DataError
 from zotune.tasks.catalogue import TASKS
 from zotune.tasks.rows import load_rows
 from zotune.tasks.task import calibration_example, make_example, make_examples

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import zotune
-from zotune.core.errors import ConfigError, DataError
+from zotune.errors import ConfigError, DataError
 from zotune.objectives import (
     OBJECTIVES,
     SignalWatch,

@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 
-from zotune.core.errors import ConfigError, DataError, MissingExtraError
+from zotune.errors import ConfigError, DataError, MissingExtraError
 from zotune.tasks.catalogue import TASKS
 from zotune.tasks.rows import choose_rows, load_rows, protocol_split, read_jsonl
 

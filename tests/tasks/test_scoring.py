@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zotune.core.errors import ConfigError, DataError, ModelError
+from zotune.errors import ConfigError, DataError, ModelError
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.layout import lay_out
 from zotune.tasks.scoring import OptionScorer

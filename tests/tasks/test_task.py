@@ -2,7 +2,7 @@
 
 import pytest
 
-from zotune.core.errors import ConfigError, DataError
+from zotune.errors import ConfigError, DataError
 from zotune.tasks.catalogue import TASKS, find_task
 from zotune.tasks.task import Task, make_example, make_examples, refuse_overlap
 

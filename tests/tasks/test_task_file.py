@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from zotune.core.errors import ConfigError, DataError
+from zotune.errors import ConfigError, DataError
 from zotune.tasks.catalogue import find_task
 from zotune.tasks.task import Task, make_example
 from zotune.tasks.template import CHANGES, fields_of, render

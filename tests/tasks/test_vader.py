@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from zotune.core.errors import DataError
+from zotune.errors import DataError
 from zotune.tasks import vader
 from zotune.tasks.rows import load_rows
 from zotune.tasks.task import make_examples

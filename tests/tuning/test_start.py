@@ -5,8 +5,8 @@ import warnings
 import pytest
 import torch
 
-from zotune.core.errors import ConfigError, ModelError
 from zotune.core.ledger import weights_hash
+from zotune.errors import ConfigError, ModelError
 from zotune.tuning import MODES, make_mode
 from zotune.tuning.virtual import random_tokens
 

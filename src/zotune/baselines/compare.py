@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor
 
 from zotune.baselines.meter import Usage
-from zotune.core.errors import DataError
+from zotune.errors import DataError
 from zotune.evaluate import Evaluation
 
 HEADINGS = ("", "{} (1 standard error)", "loss", "forward-equivalents", "seconds", "memory beside the model")

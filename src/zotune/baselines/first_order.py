@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.baselines.meter import Usage, measure
-from zotune.core.errors import ClosureError, ConfigError, DataError, ParameterError
+from zotune.errors import ClosureError, ConfigError, DataError, ParameterError
 from zotune.evaluate import Evaluation, evaluate
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.scoring import OptionScorer

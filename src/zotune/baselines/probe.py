@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zotune.baselines.first_order import Scorer
 from zotune.baselines.meter import Usage, measure
-from zotune.core.errors import ConfigError, DataError, ModelError
+from zotune.errors import ConfigError, DataError, ModelError
 from zotune.evaluate import Evaluation
 from zotune.tasks.encoding import Encoded
 

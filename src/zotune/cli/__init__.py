@@ -7,7 +7,7 @@ def main() -> None:
     """Run the command line; zotune's own errors become one readable message and exit code 2."""
     from zotune.allocator import keep_freed_memory
     from zotune.cli.app import app
-    from zotune.core.errors import ZotuneError
+    from zotune.errors import ZotuneError
 
     try:
         keep_freed_memory()

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from zotune.cache import cache_folder
-from zotune.kernels.dispatch import KernelError, choice_for
+from zotune.errors import KernelError
+from zotune.kernels.dispatch import choice_for
 from zotune.kernels.native import NativeBackend
 from zotune.packaged import ALIAS, packaged_model_place
 from zotune.precision import choose_precision, native_bf16

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune.config import TrainConfig, load_config
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 
 RESULTS = "harness.json"
 MEANT = ("model", "precision", "device", "batch_size", "out")  # settings that mean something to the harness

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 from zotune.learn.config import LearnConfig
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import typer
 import yaml
 
 from zotune.config import TrainConfig
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 
 OPTIONS = {  # given as name=value, several times
     "mode_options": "--mode-option",

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from zotune.core.direction import Combination, Direction, Noise, Scalar, Scaled
-from zotune.core.errors import ConfigError
 from zotune.core.noise import Stream, stream, uniform
 from zotune.core.site import Site
+from zotune.errors import ConfigError
 
 # Answers a wave of queries: the loss at each point, as a (len(points),) float64 tensor.
 Ask = Callable[[Sequence[Direction]], Tensor]

@@ -44,12 +44,6 @@ def draw_flat(source: Stream, names: Sequence[str], counts: Sequence[int], kind:
     return _made(source, layout, kind).view(-1), layout.sizes
 
 
-def draw_many(source: Stream, names: Sequence[str], counts: Sequence[int], kind: str) -> list[Tensor]:
-    """As `draw_flat`, cut up: (counts[i],) each, views of one buffer."""
-    flat, sizes = draw_flat(source, names, counts, kind)
-    return [part[:count] for part, count in zip(torch.split(flat, list(sizes)), counts, strict=True)]
-
-
 def draw_stack(source: Stream, names: Sequence[str], count: int, kind: str) -> Tensor:
     """As `draw_flat`, the same count for each name: (len(names), count)."""
     flat, sizes = draw_flat(source, names, [count] * len(names), kind)

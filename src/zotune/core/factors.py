@@ -7,8 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from zotune.core.errors import ConfigError
 from zotune.core.grids import on_grid
+from zotune.errors import ConfigError
 from zotune.kernels.contract import ThinFactors
 
 TABLE_CEILING = 4.0  # a power of two above every number of table noise, which ends at 83/32

@@ -13,7 +13,7 @@ from torch import Tensor
 from zotune.core.factors import Sheet, by_columns
 from zotune.core.grids import grid_bits
 from zotune.core.low_rank import LowRank
-from zotune.core.workspace import workspace
+from zotune.kernels.workspace import workspace
 
 
 @dataclass(frozen=True)

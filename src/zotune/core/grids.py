@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 
 MAX_RANK = 1 << 11  # 2 * 21 bits of two factors and 11 bits of a sum fill fp64's 53
 SMALLEST = 2.0**-100  # numbers below it are on no grid: its units would leave fp32's exponents

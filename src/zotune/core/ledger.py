@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from zotune.core.errors import LedgerError
+from zotune.errors import LedgerError
 
 FORMAT = 1
 # Header entries that must agree for a ledger to be replayed or continued.

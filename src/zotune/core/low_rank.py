@@ -18,11 +18,11 @@ from torch import Tensor
 from zotune.core.context import Context
 from zotune.core.direction import HERE, Combination, Direction, Leaves, Noise, Scalar, Scaled
 from zotune.core.draws import draw_flat, draw_stack
-from zotune.core.errors import ConfigError
 from zotune.core.factors import Factors, OnSheets, Sheet
 from zotune.core.grids import on_grid
 from zotune.core.noise import CHUNK, Stream
 from zotune.core.site import Site
+from zotune.errors import ConfigError
 from zotune.kernels.contract import Term
 
 

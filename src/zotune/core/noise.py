@@ -17,13 +17,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from zotune.core.errors import ConfigError
 from zotune.core.site import Site
+from zotune.errors import ConfigError
 from zotune.kernels.contract import Run, Term
 from zotune.kernels.dispatch import backend_for
 from zotune.kernels.philox import Words, philox_scalar, words
 from zotune.kernels.row_numbers import TABLES
-from zotune.kernels.row_numbers import local as _local  # noqa: F401 - tests empty it, to draw anew
 
 CHUNK = 1 << 18  # elements made at once: one megabyte of fp32, which stays in a second-level cache
 

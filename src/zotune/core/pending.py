@@ -29,7 +29,7 @@ from zotune.core.low_rank import LowRank
 from zotune.core.site import Site
 from zotune.core.weights import Weights
 
-MAX_RANK = 16  # columns of all factors of a tensor together, if they are more than one pair
+MAX_COLUMNS = 16  # columns of all factors of a tensor together, if they are more than one pair
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Pending:
         columns: Counter[str] = Counter()
         for piece in self._pieces:
             columns.update({n: min(shape) for n, shape in zip(piece.sheet.names, piece.sheet.shapes, strict=True)})
-        return len(self.direction().terms) > 1 and max(columns.values()) > MAX_RANK
+        return len(self.direction().terms) > 1 and max(columns.values()) > MAX_COLUMNS
 
     def write(self, weights: Weights) -> None:
         """Add what is pending to the stored weights. It stays pending: see `clear`."""

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from zotune.core.direction import Combination, Direction, Noise, Scaled
-from zotune.core.errors import ConfigError
 from zotune.core.masked import Masked
 from zotune.core.noise import Stream
+from zotune.errors import ConfigError
 
 Recipe = dict[str, Any]
 

@@ -5,7 +5,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 
 
 def make(kind: str, known: Mapping[str, Any], given: Any, options: Mapping[str, Any] | None = None) -> Any:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from zotune.core.direction import Combination, Direction, Noise, Scalar, Scaled
-from zotune.core.errors import EngineError
 from zotune.core.noise import CHUNK, Stream
 from zotune.core.site import Site
+from zotune.errors import EngineError
 
 WEIGHT_BITS = 20  # of an example's weight: a sum of up to 16 such numbers is exact in fp32, in any order
 EXACT_IN_FP32 = 16

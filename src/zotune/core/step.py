@@ -31,6 +31,11 @@ class Method(Protocol):
         ...
 
     @property
+    def low_rank(self) -> bool:
+        """Whether its directions are low-rank on matrices: then moves can wait as factors (`ZO(fold_every=...)`)."""
+        ...
+
+    @property
     def forwards(self) -> float:
         """Queries per step, on average."""
         ...
@@ -65,7 +70,9 @@ class Rule(Protocol):
 
     name: ClassVar[str]
     extra_state: ClassVar[str]
-    offers: ClassVar[frozenset[str]]  # "trial": what it would do is a direction, with no state and odd in the estimate
+    # "trial": `trial` says where it would move, from the estimate alone, and trial(-g) is -trial(g).
+    # "linear": that is a multiple of the estimate, so that moves may be added up and written later.
+    offers: ClassVar[frozenset[str]]
 
     def extra_bytes(self, sites: Sequence[Site]) -> int:
         """Bytes kept between steps when these sites are trained."""
@@ -77,6 +84,15 @@ class Rule(Protocol):
 
     def trial(self, direction: Direction, group: dict[str, Any]) -> Direction:
         """Where the rule would move the weights, as a displacement. Only if "trial" is offered."""
+        ...
+
+    def displacements(
+        self, sites: Sequence[Site], estimate: Estimate, group: dict[str, Any]
+    ) -> Sequence[Direction | None]:
+        """For each site what a call would add to its values, if adding a direction is all that it does there; else None.
+
+        The rule is not called for a site that it names a direction for: that is added in one pass over the weights.
+        """
         ...
 
     def __call__(

@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from zotune.core.direction import Direction, kernel_terms
-from zotune.core.errors import ConfigError, ParameterError
 from zotune.core.grouping import Draws
 from zotune.core.noise import CHUNK, run_of
 from zotune.core.site import Site
 from zotune.core.storage import LOW_PRECISION, STORAGES, Carried, Exact, Slot, Stochastic, select
-from zotune.core.workspace import workspace
+from zotune.errors import ConfigError, ParameterError
 from zotune.kernels.contract import Addition, Term
 from zotune.kernels.dispatch import backend_for
 from zotune.kernels.prepared import Prepared
+from zotune.kernels.workspace import workspace
 
 __all__ = ["LOW_PRECISION", "STORAGES", "Carried", "Change", "Slot", "Stochastic", "Weights"]
 
@@ -69,7 +69,7 @@ class Weights:
 
     def perturb(self, slot: Slot, part: Site, point: Direction, out: Tensor) -> None:
         """out = round(value + point) for a part of a site; `out` may be the stored tensor itself."""
-        terms = kernel_terms(point, part, slot.tensor.device) if _dense(slot, part, [out]) else None
+        terms = kernel_terms(point, part, slot.tensor.device) if _dense(slot, [out]) else None
         if terms:
             self._in_one_pass(slot, part, terms, [(out, 1.0)])
             return
@@ -96,7 +96,7 @@ class Weights:
             for terms, signs in draws:
                 late, slot.late = slot.late, ()
                 prepared(terms, signs, late)
-        elif _dense(slot, part, outs):
+        elif _dense(slot, outs):
             draws, rest = self._draws.of(points, part, slot.tensor.device)
             for terms, signs in draws:
                 self._in_one_pass(slot, part, terms, [(outs[k], sign) for k, sign in signs])
@@ -194,7 +194,7 @@ class Weights:
 
 def _as_addition(slot: Slot, along: Direction | None) -> Addition | None:
     """What the kernels need to know to add a direction; None if they cannot."""
-    if along is None or not isinstance(slot.storage, (Carried, Exact)) or not _dense(slot, slot.site, []):
+    if along is None or not isinstance(slot.storage, (Carried, Exact)) or not _dense(slot, []):
         return None
     terms = kernel_terms(along, slot.site, slot.tensor.device)
     return _addition(slot, terms) if terms else None
@@ -213,8 +213,8 @@ def _low(addition: Addition) -> Tensor | None:
     return None if addition.carried is None else _flat(addition.carried)
 
 
-def _dense(slot: Slot, part: Site, outs: Sequence[Tensor]) -> bool:
-    """Whether the kernels can read this part of a tensor and write the outs: plain memory in row-major order."""
+def _dense(slot: Slot, outs: Sequence[Tensor]) -> bool:
+    """Whether the kernels can read parts of a tensor and write the outs: plain memory in row-major order."""
     whole = slot.tensor
     if type(whole) not in PLAIN_MEMORY or not whole.is_contiguous() or whole.numel() != slot.site.count:
         return False
@@ -233,7 +233,7 @@ def _prepared(slot: Slot, outs: Sequence[Tensor]) -> Prepared | None:
     if slot.prepared is not None and slot.prepared.fits(backend, whole, low, outs):
         return slot.prepared
     slot.prepared = None
-    if type(outs) is tuple and outs and _dense(slot, slot.site, outs):
+    if type(outs) is tuple and outs and _dense(slot, outs):
         slot.prepared = backend.prepared(whole, low, slot.site.id, outs)
     return slot.prepared
 

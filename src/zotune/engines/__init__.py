@@ -1,11 +1,11 @@
 """Engines: how queries are answered. A method never knows which one it runs on."""
 
-from zotune.core.errors import ConfigError
 from zotune.core.step import Engine, Method, Rule
 from zotune.core.weights import Weights
 from zotune.engines.batched import Auto, Batched
 from zotune.engines.in_place import InPlace
 from zotune.engines.layerwise import Layerwise
+from zotune.errors import ConfigError
 
 ENGINES: dict[str, type] = {
     "layerwise": Layerwise,

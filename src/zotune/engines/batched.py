@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zotune.core.direction import Direction
-from zotune.core.errors import EngineError
 from zotune.core.step import Closure
 from zotune.core.weights import Slot, Weights
 from zotune.engines.batched_ahead import AheadOfTime
@@ -34,6 +33,7 @@ from zotune.engines.batched_serving import Served
 from zotune.engines.check import refuse_different_losses
 from zotune.engines.layerwise import Layerwise
 from zotune.engines.query import ask
+from zotune.errors import EngineError
 
 
 class Batched(Layerwise):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zotune.core.direction import Direction
-from zotune.core.errors import EngineError
 from zotune.core.noise import Stream
 from zotune.core.signed import PerExample, for_example, signs_of
 from zotune.core.site import Site
@@ -21,6 +20,7 @@ from zotune.core.weights import Slot
 from zotune.engines.batched_calls import Unsuited, flatten
 from zotune.engines.batched_modules import SHARED, Copied, Wave
 from zotune.engines.forms import occurring
+from zotune.errors import EngineError
 from zotune.kernels.workspace import workspace
 
 PIECE = 1 << 22  # elements of u at once

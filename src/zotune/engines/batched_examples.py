@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from zotune.core.direction import Direction
-from zotune.core.errors import EngineError
 from zotune.core.signed import for_example
 from zotune.core.step import Closure
 from zotune.core.weights import Slot, Weights
@@ -31,6 +30,7 @@ from zotune.engines.check import refuse_different_losses
 from zotune.engines.examples import Noted, check_count
 from zotune.engines.layerwise import Layerwise
 from zotune.engines.query import ask
+from zotune.errors import EngineError
 
 ADVICE = "Use engine='in_place', which runs once for each example, or a method without directions of examples."
 

@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 
 from zotune.core.direction import Direction, Scaled
-from zotune.core.errors import EngineError
 from zotune.core.step import Closure
 from zotune.core.weights import Weights
 from zotune.engines.query import ask
+from zotune.errors import EngineError
 
 MAX_NUMEL = 1 << 20  # at most this many elements are copied for the comparison
 MAX_SITES = 8

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from zotune.core.direction import Direction
-from zotune.core.errors import ClosureError
 from zotune.core.signed import differs, for_example
 from zotune.core.step import Closure
+from zotune.errors import ClosureError
 
 
 class Plain(Protocol):

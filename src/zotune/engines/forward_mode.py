@@ -23,14 +23,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zotune.core.common_random import common_random_numbers
 from zotune.core.direction import Direction
-from zotune.core.errors import ClosureError, EngineError
 from zotune.core.noise import CHUNK
 from zotune.core.site import Site
 from zotune.core.step import Closure
 from zotune.core.weights import LOW_PRECISION, Slot, Weights
-from zotune.core.workspace import workspace
 from zotune.engines.audit import ReadAudit
 from zotune.engines.query import as_number, ask
+from zotune.errors import ClosureError, EngineError
+from zotune.kernels.workspace import workspace
 
 _make_dual: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
 ADVICE = (

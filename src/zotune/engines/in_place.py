@@ -14,13 +14,13 @@ from torch import Tensor
 
 from zotune.core.context import as_losses
 from zotune.core.direction import Direction
-from zotune.core.errors import ClosureError
 from zotune.core.step import Closure
 from zotune.core.weights import Slot, Weights
 from zotune.engines.audit import ReadAudit
 from zotune.engines.examples import one_by_one
 from zotune.engines.forward_mode import ask_slope, attach, check_slope
 from zotune.engines.query import ask, ask_first
+from zotune.errors import ClosureError
 
 
 class InPlace:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from zotune.core.context import as_losses
 from zotune.core.direction import Direction, Scalar
-from zotune.core.errors import EngineError
 from zotune.core.site import Site
 from zotune.core.step import Closure
 from zotune.core.weights import Slot, Weights
@@ -36,6 +35,7 @@ from zotune.engines.forward_mode import ask_slope, check_slope, probe_scale
 from zotune.engines.in_place import refuse_standing_still
 from zotune.engines.query import ask, ask_first
 from zotune.engines.swapping import Swapping
+from zotune.errors import EngineError
 
 COMPILED = "the model is compiled, so all tensors are perturbed in place: hooks would be compiled into it"
 Answer = TypeVar("Answer")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from zotune.core.common_random import common_random_numbers
-from zotune.core.errors import ClosureError
 from zotune.core.step import Closure
 from zotune.core.weights import Weights
+from zotune.errors import ClosureError
 
 
 def ask(closure: Closure, weights: Weights, seed: int) -> Any:

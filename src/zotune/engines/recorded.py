@@ -7,8 +7,8 @@ from torch import Tensor
 
 from zotune.core.context import as_losses
 from zotune.core.direction import Direction
-from zotune.core.errors import LedgerError
 from zotune.core.step import Closure
+from zotune.errors import LedgerError
 
 
 class Recorded:

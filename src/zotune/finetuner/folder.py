@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from zotune.core.site import canonical_name
+from zotune.errors import FinetunerError
 from zotune.extras import require
-from zotune.finetuner.networks import FEATURES, FinetunerError, Networks
+from zotune.finetuner.networks import FEATURES, Networks
 
 FORMAT = 1
 ARRAYS, FACTS = "networks.safetensors", "finetuner.json"

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from zotune.core.site import canonical_name
-from zotune.finetuner.networks import FEATURES, HIDDEN, FinetunerError, Networks
+from zotune.errors import FinetunerError
+from zotune.finetuner.networks import FEATURES, HIDDEN, Networks
 
 ALLOWED: list[Any] = [nn.Linear, nn.Sequential, nn.Tanh, set]
 _LAYERS = [nn.Linear, nn.Tanh, nn.Linear]

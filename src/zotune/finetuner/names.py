@@ -3,8 +3,8 @@
 import warnings
 from collections.abc import Sequence
 
-from zotune.core.errors import ConfigError
 from zotune.core.noise import stream, uniform
+from zotune.errors import ConfigError
 
 HEAD = "lm_head.weight"
 EMBEDDING = "embed_tokens.weight"

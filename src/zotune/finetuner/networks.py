@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zotune.core.errors import ZotuneError
 from zotune.core.noise import stream
 from zotune.core.site import site_id
+from zotune.errors import FinetunerError
 from zotune.kernels.philox import words
 
 HIDDEN = 64
@@ -24,10 +24,6 @@ FEATURES = ("mean", "variance", "loss_plus", "loss_minus", "sigma_before")
 BOUNDS = (5**-0.5, 5**-0.5, 64**-0.5, 64**-0.5)  # torch.nn.Linear draws w1, b1, w2, b2 from U(-bound, bound)
 SIZES = (HIDDEN * len(FEATURES), HIDDEN, HIDDEN, 1)  # numbers of one network in w1, b1, w2, b2
 NUMBERS = sum(SIZES)  # 449
-
-
-class FinetunerError(ZotuneError, ValueError):
-    """A file or folder of networks cannot be read, is not what it should be, or belongs to another model."""
 
 
 @dataclass(frozen=True, eq=False)

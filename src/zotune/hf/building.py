@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zotune.core.errors import ConfigError
 from zotune.core.ledger import Ledger, weights_hash
 from zotune.core.site import canonical_name
+from zotune.errors import ConfigError
 from zotune.hf.settings import ZOSettings
 from zotune.optimizer import ZO
 from zotune.rules.base import decays

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from zotune.core.errors import ConfigError
 from zotune.core.ledger import has_header, read_ledger
+from zotune.errors import ConfigError
 
 NAME = "ledger.jsonl"  # beside a saved model
 RECORD = "zotune.json"  # what was done, in numbers, beside a saved model

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zotune.core.errors import ConfigError
 from zotune.core.ledger import Ledger, weights_hash
+from zotune.errors import ConfigError
 from zotune.hf.arguments import ZOArguments, settle_arguments, transformers
 from zotune.hf.batch import MicroBatch, WholeBatch
 from zotune.hf.building import build_optimizer, complete, describe_base, unwrapped

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 
 
 @dataclass(frozen=True)

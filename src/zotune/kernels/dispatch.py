@@ -13,16 +13,13 @@ from importlib.util import find_spec
 
 import torch
 
+from zotune.errors import KernelError
 from zotune.kernels.contract import Backend, Run, Term
 from zotune.kernels.native import MissingError, NativeBackend, compiled_file, load
 from zotune.kernels.reference import ReferenceBackend
 
 VARIABLE = "ZOTUNE_KERNELS"
 FORCED = ("native", "reference")
-
-
-class KernelError(RuntimeError):
-    """The kernels that were asked for cannot be had."""
 
 
 @dataclass(frozen=True)

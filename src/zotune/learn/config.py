@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from zotune.config import PRECISIONS, setting
-from zotune.core.errors import ConfigError
 from zotune.core.registry import suggest
+from zotune.errors import ConfigError
 
 VARIANTS = ("paper", "corrected")
 GRADIENTS = ("keep", "twice")

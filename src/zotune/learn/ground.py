@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from zotune.config import TrainConfig
-from zotune.core.errors import ConfigError
 from zotune.core.noise import stream, uniform
 from zotune.core.site import canonical_name
+from zotune.errors import ConfigError
 from zotune.job import Job, Listener, Loaded, draw_rows, load, seat
 from zotune.learn.config import LearnConfig
 from zotune.objectives import OBJECTIVES

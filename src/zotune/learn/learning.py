@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 from zotune.finetuner.folder import load_folder, save_folder
 from zotune.finetuner.names import assign
 from zotune.finetuner.networks import NUMBERS, from_flat

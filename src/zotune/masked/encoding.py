@@ -7,7 +7,7 @@ option is one token, the word of a label. So batches, evaluation and training tr
 from collections.abc import Sequence
 from typing import Any
 
-from zotune.core.errors import DataError, ModelError
+from zotune.errors import DataError, ModelError
 from zotune.masked.templates import MaskedTemplate, fill, label_index
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.task import Row

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from zotune.cache import Say, silent
-from zotune.core.errors import ModelError
+from zotune.errors import ModelError
 from zotune.extras import require
 
 

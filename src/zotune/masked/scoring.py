@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.core.errors import ConfigError, DataError, ModelError
+from zotune.errors import ConfigError, DataError, ModelError
 from zotune.tasks.encoding import Encoded
 
 HEADS = ("lm_head", "cls")

@@ -7,7 +7,7 @@ a pair of sentences the first loses its final punctuation and the second begins 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from zotune.core.errors import ConfigError, DataError
+from zotune.errors import ConfigError, DataError
 from zotune.tasks.task import Label, Row
 
 MASK = "{mask}"

@@ -54,8 +54,8 @@ from typing import Any, ClassVar
 
 from zotune.core.context import Context, Estimate
 from zotune.core.direction import HERE, Direction, Scaled
-from zotune.core.errors import ConfigError
 from zotune.core.site import Site
+from zotune.errors import ConfigError
 from zotune.methods.base import Base
 from zotune.methods.blockwise import blocks_of
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from zotune.core.context import Context, Estimate
-from zotune.core.errors import ConfigError
 from zotune.core.site import Site
+from zotune.errors import ConfigError
 
 
 class Base:
@@ -25,6 +25,11 @@ class Base:
     def needs(self) -> frozenset[str]:
         """See `Method.needs`."""
         return frozenset()
+
+    @property
+    def low_rank(self) -> bool:
+        """See `Method.low_rank`."""
+        return False
 
     @property
     def forwards(self) -> float:

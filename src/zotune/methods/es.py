@@ -21,7 +21,7 @@ E[g] = grad/(2 sqrt(pi) |grad|) on linear losses, and learning rates are those o
 numbers rank worst. The logged loss is the mean of the l_i, which estimates the smoothed loss.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -30,9 +30,7 @@ from torch import Tensor
 
 from zotune.core.context import Context, Estimate
 from zotune.core.direction import Combination
-from zotune.core.site import Site
-from zotune.methods.base import Base
-from zotune.methods.sources import Source, make_source
+from zotune.methods.sources import FromSource
 
 BASELINES: dict[str, Callable[[int], float]] = {  # l_i - mean of the others = n/(n-1) (l_i - mean)
     "leave_one_out": lambda n: n / (n - 1),
@@ -49,7 +47,7 @@ def centred_ranks(losses: Tensor) -> Tensor:
 
 
 @dataclass(eq=False)
-class ES(Base):
+class ES(FromSource):
     """One-sided evolution strategy with a leave-one-out baseline."""
 
     n: int = 5  # directions and forwards per step
@@ -60,7 +58,6 @@ class ES(Base):
 
     name: ClassVar[str] = "es"
     paper: ClassVar[str] = "Salimans et al. 2017, arXiv 1703.03864; Kool et al. 2019"
-    extra_state: ClassVar[str] = "none, or what the source keeps"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -69,16 +66,12 @@ class ES(Base):
         self.check("shaping", self.shaping in SHAPINGS, " or ".join(SHAPINGS))
         ranked = self.shaping != "none"
         self.check("baseline", self.baseline == "leave_one_out" or not ranked, "left alone", "Ranks need no baseline.")
-        self._source: Source = make_source(self.source, self.source_options)
+        self.take_source()
 
     @property
     def forwards(self) -> float:
         """Queries per step."""
         return self.n
-
-    def extra_bytes(self, sites: Sequence[Site]) -> int:
-        """See `Method.extra_bytes`."""
-        return self._source.extra_bytes(sites)
 
     def estimate(self, ctx: Context) -> Estimate:
         """The mean of directions times how much worse each was than the others."""

@@ -18,19 +18,16 @@ be used. The released ZO-Bench code stores z for all parameters, knows n = 1 onl
 model returns; here z is a recipe, and only the loss is kept.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from zotune.core.context import Context, Estimate
 from zotune.core.direction import Combination
-from zotune.core.site import Site
-from zotune.methods.base import Base
-from zotune.methods.sources import make_source
+from zotune.methods.sources import FromSource
 
 
 @dataclass(eq=False)
-class ForwardGrad(Base):
+class ForwardGrad(FromSource):
     """Average of n exact slopes along random directions times those directions."""
 
     n: int = 1  # directions per step
@@ -39,12 +36,11 @@ class ForwardGrad(Base):
 
     name: ClassVar[str] = "forward_grad"
     paper: ClassVar[str] = "Baydin et al. 2022, arXiv 2202.08587"
-    extra_state: ClassVar[str] = "none, or what the source keeps"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         self.check("n", self.n >= 1, "at least 1 direction per step")
-        self._source = make_source(self.source, self.source_options)
+        self.take_source()
 
     @property
     def needs(self) -> frozenset[str]:
@@ -55,10 +51,6 @@ class ForwardGrad(Base):
     def forwards(self) -> float:
         """Queries per step, each of them a dual forward pass."""
         return self.n
-
-    def extra_bytes(self, sites: Sequence[Site]) -> int:
-        """What the source keeps."""
-        return self._source.extra_bytes(sites)
 
     def estimate(self, ctx: Context) -> Estimate:
         """The mean of n slopes times their directions."""

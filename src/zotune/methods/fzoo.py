@@ -22,16 +22,14 @@ released code divides by zero there. Its reuse of losses of the step before, whi
 on; it is not built here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any, ClassVar
 
 from zotune.core.context import Context, Estimate
 from zotune.core.direction import HERE, Combination
-from zotune.core.site import Site
-from zotune.methods.base import Base
-from zotune.methods.sources import Source, make_source
+from zotune.methods.sources import FromSource
 
 # What (1/n) sum (l_i - l_0) u_i is divided by, from the spread with 1/(n - 1), eps and n.
 SCALES: dict[str, Callable[[float, float, int], float]] = {
@@ -41,7 +39,7 @@ SCALES: dict[str, Callable[[float, float, int], float]] = {
 
 
 @dataclass(eq=False)
-class FZOO(Base):
+class FZOO(FromSource):
     """Mean of n forward differences along random signs, over the standard deviation of the losses."""
 
     n: int = 8  # directions per step
@@ -52,7 +50,6 @@ class FZOO(Base):
 
     name: ClassVar[str] = "fzoo"
     paper: ClassVar[str] = "Dang et al. 2025, arXiv 2506.09034"
-    extra_state: ClassVar[str] = "none, or what the source keeps"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -61,16 +58,12 @@ class FZOO(Base):
         self.check("variant", self.variant in SCALES, " or ".join(SCALES))
         plain = self.variant == "released" and not self.normalise
         self.check("variant", not plain, "'theory' without normalise", "The released code always normalises.")
-        self._source: Source = make_source(self.source, self.source_options)
+        self.take_source()
 
     @property
     def forwards(self) -> float:
         """Queries per step."""
         return self.n + 1
-
-    def extra_bytes(self, sites: Sequence[Site]) -> int:
-        """See `Method.extra_bytes`."""
-        return self._source.extra_bytes(sites)
 
     def estimate(self, ctx: Context) -> Estimate:
         """The mean of n differences times their signs, over eps and the spread of the losses."""

@@ -28,8 +28,8 @@ from typing import ClassVar
 
 from zotune.core.context import Context, Estimate
 from zotune.core.direction import HERE
-from zotune.core.errors import ConfigError
 from zotune.core.signed import PerExample
+from zotune.errors import ConfigError
 from zotune.methods.base import Base
 
 

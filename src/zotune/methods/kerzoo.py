@@ -28,7 +28,7 @@ under that law, so K is then built for it and the same conditions hold exactly. 
 6.25, 5.69, 5.57 and 9.35 for a least radius of 0, 0.1, 0.25 and 0.5; beyond that it grows fast, so 0.5 is the limit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
@@ -39,8 +39,7 @@ from zotune.core.context import Context, Estimate
 from zotune.core.direction import Combination, Direction, Scaled
 from zotune.core.noise import uniform
 from zotune.core.site import Site
-from zotune.methods.base import Base
-from zotune.methods.sources import Source, make_source
+from zotune.methods.sources import FromSource
 
 ORDERS = (1, 3, 5, 7)
 LEAST = 1e-4  # the released interval stops shrinking here
@@ -73,7 +72,7 @@ def kernel(order: int, low: float = 0.0) -> tuple[Fraction, ...]:
 
 
 @dataclass(eq=False)
-class KerZOO(Base):
+class KerZOO(FromSource):
     """Mean of n central differences at random radii, weighted by a kernel of the radius."""
 
     n: int = 1  # directions per step
@@ -88,7 +87,6 @@ class KerZOO(Base):
 
     name: ClassVar[str] = "kerzoo"
     paper: ClassVar[str] = "Mi et al. 2025, arXiv 2505.18886"
-    extra_state: ClassVar[str] = "none, or what the source keeps"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -100,7 +98,7 @@ class KerZOO(Base):
         self.check("variant", self.variant in VARIANTS, " or ".join(VARIANTS))
         self.check("horizon", self.horizon >= 1, "at least 1 step")
         self.check("min_radius", self.variant == "theory" or not self.min_radius, "0", "The released variant has none.")
-        self._source: Source = make_source(self.source, self.source_options)
+        self.take_source()
         self._factor = {"theory": 1.0, "released": 4.0}[self.variant] if self.scale is None else self.scale
         self._coefficients = [float(c) for c in kernel(self.order, self.min_radius)]
 
@@ -108,10 +106,6 @@ class KerZOO(Base):
     def forwards(self) -> float:
         """Queries per step."""
         return 2 * self.n
-
-    def extra_bytes(self, sites: Sequence[Site]) -> int:
-        """See `Method.extra_bytes`."""
-        return self._source.extra_bytes(sites)
 
     def kernel_at(self, r: float) -> float:
         """C K(r)."""

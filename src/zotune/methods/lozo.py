@@ -39,18 +39,13 @@ from torch import Tensor
 
 from zotune.core.context import Context, Estimate
 from zotune.core.direction import Direction
-from zotune.core.errors import ConfigError
 from zotune.core.factors import TABLE_CEILING, Factors, Sheet, by_columns
 from zotune.core.grids import on_grids
 from zotune.core.low_rank import LowRank, low_rank_or_noise, low_rank_shape, normal_sheet, one_thread
 from zotune.core.noise import Stream
 from zotune.core.site import Site
+from zotune.errors import ConfigError
 from zotune.methods.base import Base
-
-
-def noise_kind(ctx: Context) -> str:
-    """The run's kind of noise."""
-    return ctx.kind
 
 
 @dataclass(eq=False)
@@ -82,7 +77,7 @@ class Lazy:
 
     def low_rank_part(self, ctx: Context) -> LowRank:
         """A fresh U times the interval's V of each matrix."""
-        shapes, kind = self._matrices(ctx), noise_kind(ctx)
+        shapes, kind = self._matrices(ctx), ctx.kind
         v = self.kept(ctx, ctx.step // self.interval)
         sides = {name: (m, self.rank) for name, (m, _) in shapes.items()}
         u, sizes = normal_sheet(ctx.stream(), sides, "left", kind)
@@ -97,7 +92,7 @@ class Lazy:
 
     def kept(self, ctx: Context, period: int) -> dict[str, Tensor]:
         """V of each matrix in the period-th interval: the same tensors as long as it is asked for."""
-        source, kind, shapes = ctx.stream("lozo", period), noise_kind(ctx), self._matrices(ctx)
+        source, kind, shapes = ctx.stream("lozo", period), ctx.kind, self._matrices(ctx)
         if self._v[0] != (source, kind):
             sides = {name: (n, self.rank) for name, (_, n) in shapes.items()}
             flat, sizes = normal_sheet(source, sides, "right", kind)

@@ -41,7 +41,6 @@ from torch import Tensor
 
 from zotune.core.context import Context, Estimate
 from zotune.core.direction import Combination, Direction
-from zotune.core.errors import ConfigError
 from zotune.core.frames import Batch, Frames
 from zotune.core.grids import on_grid
 from zotune.core.low_rank import (
@@ -57,6 +56,7 @@ from zotune.core.low_rank import (
 )
 from zotune.core.noise import Stream
 from zotune.core.site import Site
+from zotune.errors import ConfigError
 from zotune.methods.base import Base
 
 OVERSAMPLING, ITERATIONS = 8, 2  # of the randomised decomposition: Halko, Martinsson, Tropp 2011, arXiv 0909.4061

@@ -11,9 +11,9 @@ vector comes from Li, Zheng, Tan, "guiding spark", IEEE TEVC 2017.
     g = rho v                                                                    v is not normalised
 
 Forwards per step: M + 2. Greedy has its plus side from the pool: M + 1, the same number, as all queries of a step see the
-same batch, masks and weights. Extra memory: none beside what the source keeps; v is rebuilt from its M streams (6 M draws of noise a step for the
-guiding vector, against 4 of MeZO). Only the ranks of the pool's losses matter, and neither v's sign nor the loss's
-scale nor its offset.
+same batch, masks and weights. Extra memory: none beside what the source keeps; v is rebuilt from its M streams (6 M draws
+of noise a step for the guiding vector, against 4 of MeZO). Only the ranks of the pool's losses matter, and neither v's
+sign nor the loss's scale nor its offset.
 
 A pool of two has no effect: v = +-(z_1 - z_2) whatever the ranking, which is MeZO along (z_1 - z_2)/sqrt(2) with
 sqrt(2) eps and 2 lr, exactly. The shipped trainers use M = 2; the paper's table says 4, which is the default here.
@@ -38,9 +38,7 @@ from torch import Tensor
 
 from zotune.core.context import Context, Estimate
 from zotune.core.direction import Combination, Direction
-from zotune.core.site import Site
-from zotune.methods.base import Base
-from zotune.methods.sources import make_source
+from zotune.methods.sources import FromSource
 
 
 def ranked(losses: Tensor) -> list[int]:
@@ -72,7 +70,7 @@ VARIANTS: dict[str, Callable[[Sequence[Direction], Sequence[int], int], Directio
 
 
 @dataclass(eq=False)
-class Pizo(Base):
+class Pizo(FromSource):
     """A central difference along the contrast between the good and the bad of a pool, or along its best."""
 
     variant: str = "guiding"  # or "greedy"
@@ -86,12 +84,11 @@ class Pizo(Base):
 
     name: ClassVar[str] = "pizo"
     paper: ClassVar[str] = "Jin, Cen, Tan 2026, arXiv 2601.04710"
-    extra_state: ClassVar[str] = "none, or what the source keeps"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         self.check("variant", self.variant in VARIANTS, f"one of {', '.join(VARIANTS)}")
-        self._source = make_source(self.source, self.source_options)
+        self.take_source()
         if self.variant == "greedy":
             self.check("pool", self.pool >= 1, "at least 1 direction")
             return
@@ -118,10 +115,6 @@ class Pizo(Base):
     @property
     def _winner_is_known(self) -> bool:
         return self.variant == "greedy" and self.reuse
-
-    def extra_bytes(self, sites: Sequence[Site]) -> int:
-        """See `Method.extra_bytes`."""
-        return self._source.extra_bytes(sites)
 
     def estimate(self, ctx: Context) -> Estimate:
         """Rank the pool, then the pair along v."""

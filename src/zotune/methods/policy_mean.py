@@ -14,12 +14,12 @@ from torch import Tensor
 
 from zotune.core.context import Context
 from zotune.core.direction import Direction, Scalar, given
-from zotune.core.errors import ConfigError
 from zotune.core.noise import CHUNK, Stream
 from zotune.core.site import Site
-from zotune.core.workspace import workspace
+from zotune.errors import ConfigError
 from zotune.kernels.contract import Term
 from zotune.kernels.philox import words
+from zotune.kernels.workspace import workspace
 
 BLOCK = 64  # numbers that share a scale in 8 bits
 

@@ -12,6 +12,7 @@ from zotune.core.context import Context
 from zotune.core.direction import Direction
 from zotune.core.registry import make
 from zotune.core.site import Site
+from zotune.methods.base import Base
 from zotune.methods.lozo import Lazy
 from zotune.methods.sparse import SparseNoise
 from zotune.methods.subzero import Subspace
@@ -22,6 +23,7 @@ class Source(Protocol):
 
     name: ClassVar[str]
     extra_state: ClassVar[str]
+    low_rank: ClassVar[bool]  # whether its directions are low-rank on matrices
 
     def draw(self, ctx: Context) -> Direction:
         """A fresh direction of this step."""
@@ -36,6 +38,7 @@ class FullSpace:
     """Sources that keep nothing."""
 
     extra_state: ClassVar[str] = "none"
+    low_rank: ClassVar[bool] = False
 
     def extra_bytes(self, sites: Sequence[Site]) -> int:
         """See `Source.extra_bytes`."""
@@ -77,3 +80,25 @@ def make_source(name: str, options: dict[str, Any]) -> Source:
     """A source from its name and options; a ConfigError names what is known."""
     made: Source = make("source", SOURCES, name, options)
     return made
+
+
+class FromSource(Base):
+    """A method with the options `source` and `source_options`, that draws its directions from there."""
+
+    source: str
+    source_options: dict[str, Any]
+
+    extra_state: ClassVar[str] = "none, or what the source keeps"
+
+    def take_source(self) -> None:
+        """Make the source of these options; a ConfigError names what is known."""
+        self._source = make_source(self.source, self.source_options)
+
+    @property
+    def low_rank(self) -> bool:
+        """See `Method.low_rank`."""
+        return self._source.low_rank
+
+    def extra_bytes(self, sites: Sequence[Site]) -> int:
+        """See `Method.extra_bytes`: what the source keeps."""
+        return self._source.extra_bytes(sites)

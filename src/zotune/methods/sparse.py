@@ -30,10 +30,10 @@ import torch
 
 from zotune.core.context import Context, Estimate
 from zotune.core.direction import Combination, Direction
-from zotune.core.errors import ConfigError
 from zotune.core.masked import Masked
 from zotune.core.noise import Stream
 from zotune.core.site import Site
+from zotune.errors import ConfigError
 from zotune.kernels.contract import LANES
 from zotune.methods.base import Base
 
@@ -49,6 +49,7 @@ class SparseNoise:
 
     name: ClassVar[str] = "sparse"
     extra_state: ClassVar[str] = "none"
+    low_rank: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""

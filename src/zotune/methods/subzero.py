@@ -31,11 +31,11 @@ from torch import Tensor
 
 from zotune.core.context import Context, Estimate
 from zotune.core.direction import HERE, Combination, Direction
-from zotune.core.errors import ConfigError
 from zotune.core.frames import Batch, Frames
 from zotune.core.low_rank import as_matrix, low_rank_or_noise, low_rank_shape, normal_stack, random_basis
 from zotune.core.noise import Stream
 from zotune.core.site import Site
+from zotune.errors import ConfigError
 from zotune.methods.base import Base
 
 THIN = 8  # a side of at most THIN * rank is thin: the basis would span an eighth of it or more

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from zotune.core.context import Context, Estimate
 from zotune.core.direction import Direction, Scaled
-from zotune.core.errors import ConfigError
 from zotune.core.site import Site
+from zotune.errors import ConfigError
 from zotune.finetuner.folder import load_folder
 from zotune.finetuner.names import MISSING, assign, shuffled
 from zotune.finetuner.networks import NUMBERS, Networks, untrained

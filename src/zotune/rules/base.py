@@ -9,10 +9,10 @@ from torch import Tensor
 
 from zotune.core.context import Estimate
 from zotune.core.direction import Direction
-from zotune.core.errors import ConfigError
 from zotune.core.noise import CHUNK
 from zotune.core.site import Site
-from zotune.core.workspace import workspace
+from zotune.errors import ConfigError
+from zotune.kernels.workspace import workspace
 
 # Tensors whose canonical name contains one of these are not decayed. MeZO's code lists bias, layer_norm and layernorm,
 # which leaves out LLaMA's final `model.norm`; here every norm counts.
@@ -42,10 +42,7 @@ class BaseRule:
     def displacements(
         self, sites: Sequence[Site], estimate: Estimate, group: dict[str, Any]
     ) -> Sequence[Direction | None]:
-        """For each site what a call would add to its values, if adding a direction is all that it does there; else None.
-
-        A rule that says it is called no more for such a site: the direction is added in one pass over the weights.
-        """
+        """See `Rule.displacements`."""
         return [None] * len(sites)
 
     def trial(self, direction: Direction, group: dict[str, Any]) -> Direction:

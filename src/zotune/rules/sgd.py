@@ -17,7 +17,7 @@ class SGD(BaseRule):
     """w <- w - lr * (g + weight_decay * w); no decay for biases and norms."""
 
     name: ClassVar[str] = "sgd"
-    offers: ClassVar[frozenset[str]] = frozenset({"trial"})
+    offers: ClassVar[frozenset[str]] = frozenset({"trial", "linear"})
 
     def displacements(
         self, sites: Sequence[Site], estimate: Estimate, group: dict[str, Any]

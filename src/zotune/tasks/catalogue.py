@@ -11,8 +11,8 @@ the option text for each label (with its leading space when the prompt does not 
 
 from collections.abc import Mapping
 
-from zotune.core.errors import ConfigError
 from zotune.core.registry import suggest
+from zotune.errors import ConfigError
 from zotune.tasks import countdown, forms, vader
 from zotune.tasks.task import HubSource, Task
 from zotune.tasks.task_file import load_task, names_a_file

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from zotune.core.errors import ConfigError, DataError
+from zotune.errors import ConfigError, DataError
 from zotune.tasks.task import Example
 
 DEMONSTRATIONS = 32

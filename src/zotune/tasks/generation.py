@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.core.errors import ConfigError, DataError
+from zotune.errors import ConfigError, DataError
 from zotune.extras import require
 from zotune.tasks.logits import lowered
 from zotune.tasks.scoring import context_of

@@ -5,7 +5,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 
 
 def find_object(reference: str, what: str) -> Any:

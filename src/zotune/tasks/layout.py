@@ -18,7 +18,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from zotune.core.errors import DataError
+from zotune.errors import DataError
 from zotune.tasks.encoding import Encoded
 
 Tokens = tuple[int, ...]

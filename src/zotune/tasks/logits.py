@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from zotune.core.errors import ModelError
+from zotune.errors import ModelError
 from zotune.tasks.head import TokenLogProbability, wide
 from zotune.tasks.layout import Layout
 from zotune.tasks.packed import visible

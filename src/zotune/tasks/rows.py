@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from zotune.cache import Say, silent
-from zotune.core.errors import ConfigError, DataError
+from zotune.errors import ConfigError, DataError
 from zotune.extras import require
 from zotune.tasks.task import HubSource, Rows, Task, make_examples
 

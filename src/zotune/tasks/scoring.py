@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.core.errors import ConfigError, DataError
+from zotune.errors import ConfigError, DataError
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.head import wide
 from zotune.tasks.layout import Layout, lay_out

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from zotune.core.errors import ConfigError, DataError
+from zotune.errors import ConfigError, DataError
 from zotune.tasks.template import Words, fields_of, parse, render
 
 Row = Mapping[str, Any]

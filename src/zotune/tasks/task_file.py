@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from zotune.core.errors import ConfigError
 from zotune.core.registry import suggest
+from zotune.errors import ConfigError
 from zotune.tasks.importing import find_object
 from zotune.tasks.task import HubSource, Task
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from zotune.core.errors import ConfigError, DataError
+from zotune.errors import ConfigError, DataError
 
 Words = Mapping[str, Mapping[str, str]]
 """For a field, the words that stand for its values: ``{"question": {"cause": "because", "effect": "so"}}``."""

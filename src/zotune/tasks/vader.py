@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from zotune.cache import build_once, cache_folder, check_sha256, pip_download
-from zotune.core.errors import DataError
+from zotune.errors import DataError
 from zotune.tasks.task import Rows
 
 PACKAGE = "vaderSentiment"

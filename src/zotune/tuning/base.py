@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from zotune.core.errors import ConfigError, ModelError
+from zotune.errors import ConfigError, ModelError
 
 Named = Sequence[tuple[str, Tensor]]  # (canonical name, tensor)
 Groups = list[dict[str, Any]]  # parameter groups as ZO takes them

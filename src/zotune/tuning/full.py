@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from zotune.core.errors import ConfigError
+from zotune.errors import ConfigError
 from zotune.parameters import default_eps
 from zotune.tuning.base import BaseMode, Groups, Named
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from zotune.core.errors import ModelError
+from zotune.errors import ModelError
 from zotune.extras import require
 from zotune.tuning.base import BaseMode, is_masked_lm, refuse_adapters, without_peft_warning
 

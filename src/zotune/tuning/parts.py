@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from zotune.core.errors import ModelError
+from zotune.errors import ModelError
 from zotune.tuning.base import BaseMode, refuse_adapters, train_only
 
 

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from zotune.core.errors import ModelError
 from zotune.core.noise import stream, uniform
+from zotune.errors import ModelError
 from zotune.extras import require
 from zotune.tuning.base import BaseMode, is_masked_lm, refuse_adapters, without_peft_warning
 

@@ -35,3 +35,11 @@ class DataError(ZotuneError, ValueError):
 
 class MissingExtraError(ZotuneError, ImportError):
     """An optional library is needed; the message names the extra that brings it."""
+
+
+class FinetunerError(ZotuneError, ValueError):
+    """A file or folder of networks cannot be read, is not what it should be, or belongs to another model."""
+
+
+class KernelError(ZotuneError, RuntimeError):
+    """The kernels that were asked for cannot be had."""
