@@ -9,27 +9,51 @@ from typing import TYPE_CHECKING, Any
 from zotune.version import __version__
 
 if TYPE_CHECKING:
-    from zotune.core.ledger import Ledger, read_ledger
-    from zotune.errors import ZotuneError
+    from zotune.core.ledger import Ledger, LedgerFile, read_ledger
+    from zotune.errors import ClosureError, ConfigError, EngineError, LedgerError, ParameterError, ZotuneError
+    from zotune.methods import METHODS
     from zotune.methods.mezo import MeZO
     from zotune.optimizer import ZO
-    from zotune.replaying import replay
+    from zotune.replaying import optimizer_for, replay
+    from zotune.rules import RULES
+
+__all__ = [
+    "METHODS",
+    "RULES",
+    "ZO",
+    "ClosureError",
+    "ConfigError",
+    "EngineError",
+    "Ledger",
+    "LedgerError",
+    "LedgerFile",
+    "MeZO",
+    "ParameterError",
+    "ZotuneError",
+    "__version__",
+    "optimizer_for",
+    "read_ledger",
+    "replay",
+]
 
 _HOMES = {
-    "ZO": "zotune.optimizer",
-    "Ledger": "zotune.core.ledger",
-    "MeZO": "zotune.methods.mezo",
-    "ZotuneError": "zotune.errors",
-    "read_ledger": "zotune.core.ledger",
-    "replay": "zotune.replaying",
+    "zotune.core.ledger": ("Ledger", "LedgerFile", "read_ledger"),
+    "zotune.errors": ("ClosureError", "ConfigError", "EngineError", "LedgerError", "ParameterError", "ZotuneError"),
+    "zotune.methods": ("METHODS",),
+    "zotune.methods.mezo": ("MeZO",),
+    "zotune.optimizer": ("ZO",),
+    "zotune.replaying": ("optimizer_for", "replay"),
+    "zotune.rules": ("RULES",),
 }
-
-__all__ = ["ZO", "Ledger", "MeZO", "ZotuneError", "__version__", "read_ledger", "replay"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
+    for home, names in _HOMES.items():
+        if name in names:
+            globals()[name] = value = getattr(importlib.import_module(home), name)
+            return value
     raise AttributeError(f"module 'zotune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

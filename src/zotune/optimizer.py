@@ -1,38 +1,33 @@
 """ZO: a method, a rule and an engine put together as a `torch.optim.Optimizer`."""
 
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch.optim uses it: does not import dynamo
 
-from zotune.core.context import AskExamples, Context, Estimate
-from zotune.core.direction import Direction
+from zotune.core.context import Context, Estimate
 from zotune.core.ledger import Entry, Ledger, sites_hash
-from zotune.core.noise import check_kind, stream
-from zotune.core.site import Site
+from zotune.core.noise import check_kind
 from zotune.core.step import Closure, Engine, Method, Outcome, Rule, settle
-from zotune.core.weights import Change, Slot, Weights
+from zotune.core.weights import Weights
 from zotune.engines import make_engine
 from zotune.errors import ClosureError, ConfigError
 from zotune.folding import Folding
 from zotune.methods import make_method
+from zotune.moving import move
 from zotune.parameters import (
-    HYPERPARAMETERS,
     check_folding,
     check_hyperparameters,
     default_eps,
-    eps_factors,
     hyperparameters_of,
     named_groups,
-    trial_of,
     warn_small_eps,
 )
+from zotune.querying import context_of
 from zotune.rules import make_rule
 from zotune.saving import describe, refuse_lost_moves, take_up_tensors
 
@@ -40,7 +35,7 @@ PATIENCE = 10  # steps in a row whose numbers are not finite before the run is s
 
 
 class ZO(torch.optim.Optimizer):
-    """Zeroth-order optimizer: forward passes only, no gradients, no extra copy of the model.
+    """Zeroth-order optimizer: forward passes only, no gradients.
 
         opt = zotune.ZO(model.named_parameters(), method="mezo", lr=1e-6, eps=1e-3)
         for batch in data:
@@ -58,10 +53,11 @@ class ZO(torch.optim.Optimizer):
         lr: learning rate. MeZO's for full tuning of OPT: 1e-6 or 1e-7 (its Table 16).
         eps: perturbation scale; by default 1e-3, or 1e-2 if a trained tensor is bf16. Groups may have their own: then
             directions are scaled by eps of the group over eps of the first group.
-        weight_decay: as in SGD, not applied to biases and norms.
+        weight_decay: decoupled (w <- w - lr * weight_decay * w) under every rule; tensors are left out whose names contain
+            "bias", "norm" or "ln_".
         seed: fixes all noise.
         rule: how an estimate moves the weights: a name (see `zotune.rules.RULES`) or a rule object.
-        engine: "auto", "layerwise" or "in_place".
+        engine: "auto", "batched", "layerwise" or "in_place".
         noise: "normal" (table; the same bits everywhere), "gaussian" (exact) or "rademacher".
         low_precision: how fp16 and bf16 tensors take small updates: "carry" keeps 16 more bits a parameter.
         method_options: options of a method given by name.
@@ -71,6 +67,12 @@ class ZO(torch.optim.Optimizer):
             up as factors beside the matrices; a dense move is written by the next step's query as it reads the tensor,
             the same bits in fewer passes. BETWEEN TWO FOLDS THE MODULE'S OWN TENSORS LAG BEHIND: call `fold()` before
             anything else reads or writes them, or look inside `folded()`. 0: in each step.
+
+    Attributes:
+        step_number, forwards, refused: steps taken; queries asked; steps whose numbers were not finite.
+        last: what became of the last step: its estimate, its losses, and whether it was accepted.
+        engine: `engine.reason` says which one it is and why.
+        method, rule, weights, folding, ledger: the parts it is made of.
 
     Raises:
         ConfigError: a setting out of range, or moves that cannot wait. ParameterError: nothing to train, or packed tensors.
@@ -126,14 +128,21 @@ class ZO(torch.optim.Optimizer):
     # ------------------------------------------------------------------------------------------------------------------
     # A step
 
+    @overload  # type: ignore[override]
+    def step(self, closure: Closure) -> Tensor: ...
+
+    @overload
+    def step(self, closure: None = None) -> Tensor | None: ...
+
     @_disable_dynamo  # a compiled training step must not compile the noise; the model inside still is
     @torch.inference_mode(False)  # buffers made inside it could never be written outside it again
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Tensor | None:
         """Estimate and move. Without a closure: apply what the last `query` estimated.
 
         Returns:
-            The loss to log, a 0-d float64 tensor: the mean over the unbiased probes.
+            The loss to log, a new 0-d float64 tensor on the CPU: the mean over the unbiased probes. None only without a
+            closure.
 
         Raises:
             ClosureError: no closure and no pending query; the closure does not return one number; or the loss has not
@@ -171,23 +180,7 @@ class ZO(torch.optim.Optimizer):
         check_folding(self.folding.every, self.method, self.rule, self.param_groups)
         self.folding.check()
         self.last = None  # its direction may hold factors of all matrices
-        step, seed = self.step_number, self.seed
-        queries, sites = _seed_of(seed, step), [slot.site for slot in self.weights]
-        ctx = Context(
-            step=step,
-            seed=seed,
-            hyperparameters={key: float(self.param_groups[0][key]) for key in HYPERPARAMETERS},
-            sites=sites,
-            ask=lambda points: self.engine.losses(self.folding.displaced(points, sites), closure, queries),
-            weight=self.folding.weight,
-            kind=self.noise,
-            factors=eps_factors(self.param_groups),
-            slope=self._slope(closure, queries),
-            trial=partial(trial_of, self.method, self.rule, self.param_groups)
-            if "trial" in self.method.needs
-            else None,
-            ask_examples=self._ask_examples(closure, queries),
-        )
+        ctx = context_of(self, closure)
         estimate = ctx.read(self.method.estimate(ctx))
         self._counts["forwards"] += ctx.queries
         self._asked = (ctx, estimate)
@@ -246,36 +239,9 @@ class ZO(torch.optim.Optimizer):
             "with 'No inf checks were recorded'. Step without it: bf16 autocast, or weights in fp16, need none."
         )
 
-    def _slope(self, closure: Closure, seed: int) -> Callable[[Direction], tuple[float, float]] | None:
-        slope = getattr(self.engine, "slope", None)
-        return None if slope is None else lambda direction: slope(direction, closure, seed)
-
-    def _ask_examples(self, closure: Closure, seed: int) -> AskExamples | None:
-        ask = getattr(self.engine, "example_losses", None)
-        return None if ask is None else lambda points: ask(points, closure, seed)
-
     def _move(self, estimate: Estimate) -> None:
-        estimate = self.rule.prepare(estimate)
         self._counts["updates"] += 1
-        later: set[str] = set()
-        if self.folding.every and self.folding.low_rank:
-            where = self.seed, self.step_number
-            later = self.folding.take(estimate.direction, self.rule.trial, self.param_groups, *where)
-        self.weights.low_precision.begin(self.seed, self.step_number)
-        moves: list[tuple[Slot, Change, Direction | None]] = []
-        for group in self.param_groups:
-            slots = [self.weights.by_tensor[id(parameter)] for parameter in group["params"]]
-            slots = [slot for slot in slots if slot.site.name not in later]
-            sites = [slot.site for slot in slots]
-            along = self.rule.displacements(sites, estimate, group)
-            changes = [partial(self._change, estimate, group, self.state[slot.tensor]) for slot in slots]
-            moves.extend(zip(slots, changes, along, strict=True))
-        self.weights.update_all(moves, self.folding.late)
-
-    def _change(
-        self, estimate: Estimate, group: dict[str, Any], state: dict[str, Any], values: Tensor, part: Site
-    ) -> None:
-        self.rule(values, part, estimate, group, state)
+        move(self, self.rule.prepare(estimate))
 
     def _record(self, outcome: Outcome) -> None:
         if self.ledger is not None:
@@ -294,7 +260,7 @@ class ZO(torch.optim.Optimizer):
         if not outcome.accepted:
             warnings.warn(f"Step {self.step_number - 1} was refused: its losses are {outcome.losses}.", stacklevel=4)
 
-    def forgive(self) -> None:
+    def _forgive(self) -> None:
         """Forget the refused steps in a row: the next PATIENCE of them are taken again before the run is stopped."""
         self._refused_in_a_row = 0
 
@@ -338,6 +304,13 @@ class ZO(torch.optim.Optimizer):
         """The groups only carry them into and out of files; kept there, a learned mean would be held twice."""
         self.param_groups[0] |= {"zo_method": {}, "zo_rule": {}, "zo_pending": []}
 
+    def __repr__(self) -> str:
+        parts = f"{self.method}, {self.rule}, engine={self.engine.name!r}, seed={self.seed}, step={self.step_number}"
+        settings = zip(self.param_groups, hyperparameters_of(self.param_groups), strict=True)
+        return (
+            f"ZO({parts}, " + ", ".join(f"{len(group['params'])} tensors with {one}" for group, one in settings) + ")"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         raise ConfigError(
             "ZO cannot be copied or pickled as a whole: its noise and its state hang on the tensors that it was made with. "
@@ -356,9 +329,3 @@ class ZO(torch.optim.Optimizer):
 
     def _named(self) -> list[tuple[str, Tensor]]:
         return [pair for group in self.param_groups for pair in zip(group["param_names"], group["params"], strict=True)]
-
-
-def _seed_of(seed: int, step: int) -> int:
-    """The seed of the common random numbers of a step, 63 bits."""
-    high, low = stream(seed, "queries", step).key
-    return (high << 31) ^ low

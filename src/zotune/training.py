@@ -77,7 +77,6 @@ def take_steps(job: Job, opt: ZO, listener: Listener) -> Iterator[int]:
             group["lr"] = job.lr * SCHEDULES[config.schedule](step / config.steps)
         batch = [job.train[i] for i in batch_at(step, len(job.train), config.batch_size, config.data_seed)]
         loss = opt.step(closure_for(job.objective, batch, config.micro_batch))
-        assert loss is not None
         assert opt.last is not None
         if opt.step_number == config.steps:
             opt.fold()

@@ -7,7 +7,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
+from zotune.config import TrainConfig
 from zotune.errors import ConfigError, DataError
+from zotune.job import Listener, draw_rows
 from zotune.tasks.catalogue import TASKS
 
 COPA = {
@@ -113,6 +115,32 @@ def test_other_ways_of_asking(run, arguments):
 def test_rows_drawn_as_by_mezos_code(run, arguments, tmp_path):
     with pytest.raises(DataError, match="none is left to train on"):  # 24 rows, and 500 of them would be for dev
         run("train", *arguments, "--protocol", "mezo", "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("settings", "counts"),
+    [
+        ({}, (1000, 300)),
+        ({"train_rows": 0, "eval_rows": 0}, (1600, 1100)),  # all
+        ({"eval_rows": 7}, (1000, 7)),
+        ({"protocol": "mezo"}, (1000, 1000)),
+        ({"protocol": "mezo", "train_rows": 20, "eval_rows": 300}, (20, 300)),
+    ],
+)
+def test_how_many_rows(tmp_path, settings, counts):
+    for split, count in (("train", 1600), ("validation", 1100)):
+        rows = (json.dumps({"sentence": f"film {i}", "label": i % 2}) + "\n" for i in range(count))
+        (tmp_path / f"{split}.jsonl").write_text("".join(rows))
+    config = TrainConfig(out="unused", task="sst2", data=str(tmp_path), **settings)
+    assert tuple(map(len, draw_rows(config, TASKS["sst2"], Listener()))) == counts
+
+
+@pytest.mark.parametrize("name", ["train_rows", "eval_rows"])
+def test_mezos_code_draws_a_number_of_rows(name):
+    with pytest.raises(ConfigError, match=f"{name} must be at least 1 with protocol mezo"):
+        TrainConfig(out="unused", protocol="mezo", **{name: 0})
+    with pytest.raises(ConfigError, match=f"{name} must be at least 0"):
+        TrainConfig(out="unused", **{name: -1})
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,15 @@ def test_replay_of_a_schedule(path):
     assert_same_bits(snapshot(case), snapshot(base))
 
 
+def test_replay_takes_a_path_a_file_that_was_read_or_entries(path):
+    case, _ = run_with_ledger(path, steps=3)
+    found = read_ledger(path)
+    for ledger in (path, str(path), found, found.entries):
+        base = base_case()
+        replay(optimizer_for(base.named, path), ledger)
+        assert_same_bits(snapshot(case), snapshot(base))
+
+
 def test_replay_with_groups(path):
     """The header does not say which tensor was in which group, so the caller makes the optimizer; guessing is refused."""
     torch.manual_seed(0)

@@ -192,7 +192,7 @@ def generators_not_put_back(patch):
 
 
 def masks_of_all_steps_equal(patch):
-    patch.setattr("zotune.optimizer._seed_of", lambda seed, step: 1)
+    patch.setattr("zotune.querying._seed_of", lambda seed, step: 1)
 
 
 def autocast_cache_kept(patch):

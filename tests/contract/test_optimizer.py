@@ -12,6 +12,7 @@ from tests.checks.engines import check_nonfinite_losses_are_refused, make
 from tests.support.models import CASES, assert_same_bits, snapshot
 from torch import nn
 
+import zotune
 from zotune.engines import ENGINES
 from zotune.errors import ClosureError, ConfigError, ParameterError
 from zotune.methods.mezo import MeZO
@@ -44,6 +45,22 @@ def test_accepts_tensors_pairs_and_groups():
         opt.step(closure)
         assert isinstance(opt, torch.optim.Optimizer)
         assert opt.step_number == 1
+
+
+def test_what_it_prints_names_its_parts():
+    model, _ = small()
+    printed = repr(ZO([{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.5}], "lozo"))
+    for part in ("LOZO(rank=2", "SGD()", "engine='auto'", "step=0", "2 tensors with {'lr': 0.5"):
+        assert part in printed
+    assert "zo_" not in printed
+
+
+def test_every_public_name_is_there():
+    assert set(zotune.__all__) <= set(dir(zotune))
+    for name in zotune.__all__:
+        assert getattr(zotune, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Zo'"):
+        zotune.Zo  # noqa: B018
 
 
 def test_names_are_kept_and_canonical():
