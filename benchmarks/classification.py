@@ -34,9 +34,9 @@ from torch.nn import functional as F
 import zotune
 from zotune.allocator import keep_freed_memory
 from zotune.models import load_model
-from zotune.objectives import Classification, closure_for
 from zotune.tasks.catalogue import find_task
 from zotune.tasks.encoding import Encoded, encode_all, special_tokens
+from zotune.tasks.objectives import Classification, closure_for
 from zotune.tasks.rows import choose_rows, load_rows
 from zotune.tasks.scoring import OptionScorer
 from zotune.tasks.task import make_examples

@@ -20,7 +20,7 @@ import torch
 import transformers
 from common import load, machine, write
 
-from zotune.evaluate import evaluate
+from zotune.evaluation.evaluate import evaluate
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.scoring import OptionScorer
 

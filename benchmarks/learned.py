@@ -35,20 +35,20 @@ import torch
 from common import machine
 from learned_report import report
 
-from zotune.config import TrainConfig
 from zotune.core.site import canonical_name
 from zotune.errors import ClosureError
 from zotune.finetuner.folder import save_folder
 from zotune.finetuner.networks import FEATURES, HIDDEN, Networks
 from zotune.finetuner.profile import moments
-from zotune.job import Job, Listener, Loaded, draw_rows, load, make_optimizer, seat
 from zotune.learn.config import LearnConfig
 from zotune.learn.learning import learn
 from zotune.methods import METHODS
-from zotune.objectives import closure_for
-from zotune.run_folder import RunFolder, write_json
+from zotune.runs.config import TrainConfig
+from zotune.runs.job import Job, Listener, Loaded, draw_rows, load, make_optimizer, seat
+from zotune.runs.run_folder import RunFolder, write_json
+from zotune.runs.training import assess_with_prior, take_steps
 from zotune.tasks.catalogue import find_task
-from zotune.training import assess_with_prior, take_steps
+from zotune.tasks.objectives import closure_for
 
 TUNING_SEED = 100
 VISIT = 8  # MeZO steps' worth of a visit (measured with SmolLM2-135M: 4.1 s of CPU time where a step takes 0.5)

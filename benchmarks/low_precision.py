@@ -16,9 +16,9 @@ from common import machine, write
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from zotune.config import TrainConfig
-from zotune.job import Listener
-from zotune.training import train
+from zotune.runs.config import TrainConfig
+from zotune.runs.job import Listener
+from zotune.runs.training import train
 
 VARIANTS = {
     "fp32": {"precision": "autocast"},

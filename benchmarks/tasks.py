@@ -22,9 +22,9 @@ import torch
 from common import machine, write
 
 from zotune.cli.comparison_display import ComparisonDisplay
-from zotune.comparing import compare
-from zotune.config import TrainConfig
+from zotune.comparison.comparing import compare
 from zotune.errors import ConfigError
+from zotune.runs.config import TrainConfig
 from zotune.tasks.catalogue import find_task
 
 TASKS = ("sst2", "rte", "cb", "copa", "agnews", "trec")

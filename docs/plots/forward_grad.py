@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 OUT = Path(__file__).parents[1] / "methods" / "forward_grad.png"
 EPS = np.geomspace(1e-5, 1.0, 16)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 OUT = Path(__file__).parents[1] / "methods" / "sparse.png"
 STEPS, D = 600, 200

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from zotune.errors import ClosureError, ConfigError, EngineError, LedgerError, ParameterError, ZotuneError
     from zotune.methods import METHODS
     from zotune.methods.mezo import MeZO
-    from zotune.optimizer import ZO
-    from zotune.replaying import optimizer_for, replay
+    from zotune.optim.optimizer import ZO
+    from zotune.optim.replaying import optimizer_for, replay
     from zotune.rules import RULES
 
 __all__ = [
@@ -41,8 +41,8 @@ _HOMES = {
     "zotune.errors": ("ClosureError", "ConfigError", "EngineError", "LedgerError", "ParameterError", "ZotuneError"),
     "zotune.methods": ("METHODS",),
     "zotune.methods.mezo": ("MeZO",),
-    "zotune.optimizer": ("ZO",),
-    "zotune.replaying": ("optimizer_for", "replay"),
+    "zotune.optim.optimizer": ("ZO",),
+    "zotune.optim.replaying": ("optimizer_for", "replay"),
     "zotune.rules": ("RULES",),
 }
 

@@ -45,7 +45,7 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     """The precision of a run.
 
     Args:
-        name: a key of `zotune.config.PRECISIONS`.
+        name: a key of `zotune.runs.config.PRECISIONS`.
         device: where the model runs.
 
     On a CPU with bf16 products, bf16 forwards of SmolLM2-135M take about a third of the time of fp32 ones at 16 x 64

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from zotune.baselines import Row, comparison_markdown, comparison_table, measure, meter, verdict
 from zotune.errors import DataError
-from zotune.evaluate import Evaluation
+from zotune.evaluation.evaluate import Evaluation
 
 MIB = 2**20
 ZERO = Row("zero-shot", 0.51, 0.029, 1.12)

@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from zotune.baselines import FIRST_ORDER, train_first_order
 from zotune.baselines.first_order import forward_equivalents
 from zotune.errors import ClosureError, ConfigError, DataError, ParameterError
-from zotune.evaluate import evaluate
+from zotune.evaluation.evaluate import evaluate
+from zotune.runs.training import batch_at
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.scoring import OptionScorer
-from zotune.training import batch_at
 from zotune.tuning import MODES, make_mode
 
 from .conftest import questions

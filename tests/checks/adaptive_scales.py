@@ -12,7 +12,7 @@ from zotune.core.noise import stream
 from zotune.core.site import Site
 from zotune.methods.adaptive_scales import AdaptiveScales
 from zotune.methods.mezo import MeZO
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 # (numbers, curvature of each, scale of the gradient's numbers): a block that only costs, two that pay
 BLOCKS = {"costs": (900, 1.0, 0.02), "pays": (300, 0.5, 1.0), "steep": (60, 20.0, 3.0)}

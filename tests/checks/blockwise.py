@@ -13,7 +13,7 @@ from zotune.core.direction import Noise
 from zotune.core.noise import stream
 from zotune.core.site import Site
 from zotune.methods.blockwise import Blockwise, blocks_of
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 FP32, FP64 = torch.float32, torch.float64
 

@@ -9,7 +9,7 @@ from tests.support.models import CASES, bits, snapshot
 from zotune.core.direction import Noise
 from zotune.core.noise import stream
 from zotune.core.site import Site
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 OF = {"sgd": lambda g: g, "sign": torch.sign}

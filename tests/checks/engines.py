@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 from tests.support.models import CASES, assert_same_bits, bits, snapshot
 from zotune.core.site import canonical_name
 from zotune.engines import ENGINES
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 EPS = 2.0**-7  # a power of two, so that eps * z and z / eps are exact in every dtype
 

@@ -13,7 +13,7 @@ from zotune.core.direction import Noise
 from zotune.core.noise import stream
 from zotune.core.site import Site
 from zotune.methods.es import ES
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 
 def integrated(method, loss, at, *, eps, nodes=5, of=lambda g, estimate: g):

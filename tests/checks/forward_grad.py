@@ -14,7 +14,8 @@ from zotune.core.common_random import common_random_numbers
 from zotune.core.direction import HERE, Noise
 from zotune.core.noise import stream
 from zotune.core.site import Site, canonical_name
-from zotune.optimizer import ZO, _seed_of
+from zotune.optim.optimizer import ZO
+from zotune.optim.querying import _seed_of
 
 
 def twin_model():

@@ -12,7 +12,7 @@ from tests.support.bare import flat, realised
 from zotune.core.direction import Noise
 from zotune.core.noise import stream
 from zotune.core.site import Site
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 
 def enumerated(method, loss, at, *, eps, of=lambda g, estimate: g):

@@ -16,7 +16,7 @@ from zotune.core.weights import Weights
 from zotune.engines.batched import Batched
 from zotune.engines.in_place import InPlace
 from zotune.methods.grzo import GRZO
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 SEED = 11
 SITES = [Site("first.weight", (5, 7)), Site("second.weight", (5, 7)), Site("norm.bias", (6,)), Site("scale", ())]

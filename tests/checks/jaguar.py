@@ -11,7 +11,7 @@ from zotune.core.direction import Noise
 from zotune.core.noise import stream
 from zotune.core.site import Site
 from zotune.methods.jaguar import Jaguar, subset
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 
 def check_equals_the_readable_twin(ratio=0.5, n=1, unbiased=False, rule="sgd", steps=20):

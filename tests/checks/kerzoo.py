@@ -16,7 +16,7 @@ from zotune.core.noise import stream, uniform
 from zotune.core.site import Site
 from zotune.methods import kerzoo
 from zotune.methods.kerzoo import KerZOO
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 
 def scripted(weights, loss, directions, radii=(), **settings):

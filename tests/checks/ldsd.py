@@ -12,7 +12,7 @@ from zotune.core.noise import stream
 from zotune.core.site import Site
 from zotune.methods.ldsd import LDSD
 from zotune.methods.policy_mean import PolicyMean
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 
 def mean_of(method, weights):

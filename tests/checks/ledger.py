@@ -8,7 +8,7 @@ import torch
 from tests.checks.engines import make
 from tests.support.models import CASES, assert_same_bits, snapshot
 from zotune.core.ledger import read_ledger, weights_hash
-from zotune.replaying import optimizer_for, replay
+from zotune.optim.replaying import optimizer_for, replay
 
 
 def run_with_ledger(path, name="mlp", dtype=torch.float32, steps=5, closure=None, **settings):

@@ -13,7 +13,7 @@ from zotune.core.low_rank import normal_matrix
 from zotune.core.noise import stream
 from zotune.core.site import Site
 from zotune.methods.lozo import LOZO, Lazy
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 GRID = 2.0**-20  # factors are rounded to 22 bits or more of their largest number; a few products of them add up
 SHAPES = {"a": (12, 9), "b": (12, 9), "bias": (12,)}

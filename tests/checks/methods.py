@@ -12,7 +12,7 @@ from tests.checks.engines import fabric, generators
 from tests.support.models import CASES, Case, assert_same_bits, snapshot
 from zotune.core.direction import Direction
 from zotune.core.ledger import read_ledger
-from zotune.replaying import optimizer_for, replay
+from zotune.optim.replaying import optimizer_for, replay
 
 
 def fresh(name, dtype):

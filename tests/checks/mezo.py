@@ -7,7 +7,7 @@ from tests.reference.mezo import mezo_step
 from zotune.core.direction import Noise
 from zotune.core.noise import stream
 from zotune.core.site import Site
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 SEED = 11
 

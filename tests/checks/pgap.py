@@ -13,7 +13,7 @@ from zotune.core.low_rank import normal_matrix, signs
 from zotune.core.noise import stream
 from zotune.core.site import Site
 from zotune.methods.pgap import PGAP
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 SHAPES = {"a": (14, 11), "b": (14, 11), "wide": (6, 20), "bias": (14,)}
 # Factors are rounded to 22 bits or more of their largest number; a product of two and a sum of r of them add up

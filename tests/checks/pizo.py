@@ -13,7 +13,7 @@ from zotune.core.noise import stream
 from zotune.core.site import Site
 from zotune.methods.mezo import MeZO
 from zotune.methods.pizo import Pizo
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 # E y, E y^2 of y = v.g, |g| = 1, for a linear loss: moments of the order statistics of M standard normals.
 MOMENTS = {

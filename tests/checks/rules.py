@@ -15,7 +15,7 @@ from zotune.core.context import Estimate
 from zotune.core.direction import HERE, Combination, Noise, Scaled
 from zotune.core.noise import stream
 from zotune.core.site import Site
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 from zotune.rules import make_rule
 
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64

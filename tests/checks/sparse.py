@@ -15,7 +15,7 @@ from zotune.core.masked import Masked
 from zotune.core.noise import stream
 from zotune.core.site import Site
 from zotune.methods.sparse import Sparse, SparseNoise
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 

@@ -13,7 +13,7 @@ from zotune.core.low_rank import normal_matrix
 from zotune.core.noise import stream
 from zotune.core.site import Site
 from zotune.methods.subzero import Subspace
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 # Factors are rounded to 22 bits or more of their largest number; a product of two and a sum of r of them add up
 GRID = 2.0**-20

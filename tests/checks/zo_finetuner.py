@@ -13,7 +13,7 @@ from zotune.core.noise import stream
 from zotune.core.site import Site
 from zotune.finetuner.networks import FEATURES, Networks, untrained
 from zotune.methods.zo_finetuner import ZOFineTuner
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 SEED = 11
 TOKENS = 15  # per example, in the released code

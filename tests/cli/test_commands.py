@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from zotune.config import TrainConfig, load_config
 from zotune.errors import ConfigError, DataError, LedgerError
 from zotune.kernels.dispatch import choice_for
 from zotune.kernels.native import NativeBackend
+from zotune.runs.config import TrainConfig, load_config
 
 
 def imported(code, *modules):

@@ -7,9 +7,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
-from zotune.config import TrainConfig
 from zotune.errors import ConfigError, DataError
-from zotune.job import Listener, draw_rows
+from zotune.runs.config import TrainConfig
+from zotune.runs.job import Listener, draw_rows
 from zotune.tasks.catalogue import TASKS
 
 COPA = {

@@ -100,7 +100,7 @@ def test_a_full_disk_at_the_snapshot_is_reported_and_training_goes_on(run, argum
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("zotune.run_folder.write_state", full)
+    monkeypatch.setattr("zotune.runs.run_folder.write_state", full)
     printed = run("train", *arguments, "--out", tmp_path / "run").output
     assert "no snapshot of step 4" in printed
     assert len(read_ledger(tmp_path / "run" / "ledger.jsonl").entries) == 12

@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from zotune import job
-from zotune.config import load_config
 from zotune.core.ledger import read_ledger
 from zotune.errors import ConfigError
-from zotune.job import Listener
-from zotune.run_folder import RunFolder
-from zotune.training import train
+from zotune.runs import job
+from zotune.runs.config import load_config
+from zotune.runs.job import Listener
+from zotune.runs.run_folder import RunFolder
+from zotune.runs.training import train
 
 FOLDED = {"method": "lozo", "method_options": {"rank": 2, "interval": 8}, "fold_every": 3, "lr": 1e-3}
 

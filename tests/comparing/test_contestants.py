@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from zotune.baselines.first_order import _accumulate
-from zotune.config import TrainConfig
-from zotune.contestants import parse, usual
+from zotune.comparison.contestants import parse, usual
 from zotune.methods import METHODS
+from zotune.runs.config import TrainConfig
 from zotune.tasks.catalogue import find_task
 from zotune.tasks.encoding import Encoded
 

@@ -8,9 +8,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
-from zotune.comparing import compare
-from zotune.config import TrainConfig
+from zotune.comparison.comparing import compare
 from zotune.errors import ConfigError
+from zotune.runs.config import TrainConfig
 
 TEXTS = ("a gripping film", "a dull film")
 

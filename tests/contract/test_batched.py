@@ -20,7 +20,7 @@ from zotune.engines.batched_sheets import FreshFactors, FreshProducts
 from zotune.engines.batched_size import copies_for
 from zotune.engines.in_place import InPlace
 from zotune.engines.layerwise import Layerwise
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 EPS = 2.0**-6
 models = pytest.mark.parametrize("name", MODELS)

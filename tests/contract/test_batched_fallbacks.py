@@ -12,7 +12,7 @@ from zotune.core.weights import Weights
 from zotune.engines.batched import Auto, Batched
 from zotune.engines.in_place import InPlace
 from zotune.errors import EngineError
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 
 def check(named, closure, why, points="three pairs", engine=Batched, waves=2):

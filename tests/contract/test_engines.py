@@ -32,7 +32,7 @@ from zotune.engines.in_place import InPlace
 from zotune.engines.layerwise import Layerwise
 from zotune.errors import ClosureError, ConfigError, EngineError, ParameterError
 from zotune.kernels import row_numbers
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 engines = pytest.mark.parametrize("engine", ENGINES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
@@ -450,7 +450,7 @@ def test_parameters_that_share_memory_are_refused():
 
 def test_an_engine_that_lacks_what_a_method_needs():
     class Needy:
-        name, needs = "needy", frozenset({"activations"})
+        name, needs, low_rank = "needy", frozenset({"activations"}), False
 
     case = CASES["bare"](torch.float32)
     with pytest.raises(ConfigError, match="'needy' needs activations, which engine 'auto' does not offer"):

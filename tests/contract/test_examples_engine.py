@@ -18,7 +18,7 @@ from zotune.engines.in_place import InPlace
 from zotune.engines.layerwise import Layerwise
 from zotune.engines.recorded import Recorded
 from zotune.errors import ClosureError, EngineError, LedgerError
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 Z = checks.direction()
 

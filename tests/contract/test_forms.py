@@ -10,9 +10,9 @@ from zotune.core.weights import Weights
 from zotune.engines import ENGINES
 from zotune.engines.forms import InPieces, form_for, row_products
 from zotune.engines.layerwise import Layerwise
-from zotune.objectives import Classification, LanguageModel, closure_for
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 from zotune.tasks import head
+from zotune.tasks.objectives import Classification, LanguageModel, closure_for
 from zotune.tasks.scoring import OptionScorer
 
 # fp64 sums in another order, as in test_packed; weights moved by eps 0.05 give losses of the same size

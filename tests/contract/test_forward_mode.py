@@ -24,7 +24,7 @@ from zotune.core.direction import Noise, Scaled
 from zotune.core.noise import stream
 from zotune.engines import ENGINES
 from zotune.errors import ClosureError, EngineError
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 FP64, FP32, BF16 = torch.float64, torch.float32, torch.bfloat16
 NO_FORWARD_MODE = {"weight_norm": "_weight_norm_interface", "lstm": "mkldnn_rnn_layer"}
@@ -524,7 +524,7 @@ def scorer_and_batch():
 
 
 def test_the_trainers_closure_has_a_slope():
-    from zotune.objectives import Classification, closure_for
+    from zotune.tasks.objectives import Classification, closure_for
 
     case, scorer, batch = scorer_and_batch()
     for micro_batch in (None, 2):
@@ -536,7 +536,7 @@ def test_the_trainers_closure_has_a_slope():
 def test_the_trainers_closure_gives_the_numbers_of_plain_sums():
     """What ledgers hold: the fp64 mean over examples of fp32 losses, summed in order. Equal bits."""
     from zotune.engines.query import as_number
-    from zotune.objectives import Classification, closure_for
+    from zotune.tasks.objectives import Classification, closure_for
 
     _, scorer, batch = scorer_and_batch()
     with torch.no_grad():

@@ -17,8 +17,8 @@ from zotune.core.weights import Weights
 from zotune.engines import CHOICES
 from zotune.kernels.dispatch import backend_for, using
 from zotune.kernels.reference import ReferenceBackend
-from zotune.optimizer import ZO
-from zotune.replaying import optimizer_for, replay
+from zotune.optim.optimizer import ZO
+from zotune.optim.replaying import optimizer_for, replay
 
 SETTINGS = [
     {"method": "mezo"},

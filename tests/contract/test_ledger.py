@@ -20,8 +20,8 @@ from torch import nn
 
 from zotune.core.ledger import Entry, Ledger, read_ledger, sites_hash, weights_hash
 from zotune.errors import ClosureError, LedgerError
-from zotune.optimizer import PATIENCE, ZO
-from zotune.replaying import optimizer_for, replay
+from zotune.optim.optimizer import PATIENCE, ZO
+from zotune.optim.replaying import optimizer_for, replay
 
 
 @pytest.fixture

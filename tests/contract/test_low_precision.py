@@ -17,7 +17,7 @@ from zotune.core.weights import STORAGES, Slot, Stochastic, Weights
 from zotune.engines.recorded import Recorded
 from zotune.errors import ConfigError
 from zotune.kernels.halves import JOIN, SPLIT
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 LOW = [torch.bfloat16, torch.float16]
 low = pytest.mark.parametrize("dtype", LOW, ids=["bf16", "fp16"])

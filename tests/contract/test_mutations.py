@@ -22,7 +22,7 @@ from zotune.engines.in_place import InPlace
 from zotune.engines.layerwise import Layerwise
 from zotune.engines.scratch import Scratch
 from zotune.methods.mezo import MeZO
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -192,7 +192,7 @@ def generators_not_put_back(patch):
 
 
 def masks_of_all_steps_equal(patch):
-    patch.setattr("zotune.querying._seed_of", lambda seed, step: 1)
+    patch.setattr("zotune.optim.querying._seed_of", lambda seed, step: 1)
 
 
 def autocast_cache_kept(patch):
@@ -263,7 +263,7 @@ def moved_before_it_was_written(patch):
         return outcome
 
     right = core_step.settle
-    patch.setattr("zotune.optimizer.settle", settle)
+    patch.setattr("zotune.optim.optimizer.settle", settle)
 
 
 def losses_rounded(patch):

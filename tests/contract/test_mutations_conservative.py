@@ -7,10 +7,10 @@ import torch
 from tests.checks import conservative as checks
 from tests.support.mutations import sees
 
-from zotune import optimizer
 from zotune.core.context import Context
 from zotune.core.direction import HERE
 from zotune.methods.conservative import Conservative
+from zotune.optim import querying
 
 
 def chosen(change):
@@ -68,8 +68,8 @@ def not_a_number_takes_the_opposite(estimate, g, ctx):
 
 
 def tried_with_another_lr(patch):
-    right = optimizer.trial_of
-    patch.setattr(optimizer, "trial_of", lambda *given: 0.5 * right(*given))
+    right = querying.trial_of
+    patch.setattr(querying, "trial_of", lambda *given: 0.5 * right(*given))
 
 
 def not_undone(patch):

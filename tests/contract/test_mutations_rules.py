@@ -9,7 +9,7 @@ from tests.support.mutations import sees
 
 from zotune.core import recipe
 from zotune.core.direction import Combination
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 from zotune.rules.adam import Adam
 from zotune.rules.base import buffer, shrink
 from zotune.rules.jaguar import Jaguar

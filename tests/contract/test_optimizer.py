@@ -16,8 +16,8 @@ import zotune
 from zotune.engines import ENGINES
 from zotune.errors import ClosureError, ConfigError, ParameterError
 from zotune.methods.mezo import MeZO
-from zotune.optimizer import PATIENCE, ZO
-from zotune.parameters import default_eps
+from zotune.optim.optimizer import PATIENCE, ZO
+from zotune.optim.parameters import default_eps
 
 engines = pytest.mark.parametrize("engine", ENGINES)
 

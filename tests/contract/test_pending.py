@@ -24,9 +24,9 @@ from zotune.core.site import Site
 from zotune.core.weights import Weights
 from zotune.engines import ENGINES
 from zotune.errors import ClosureError, ConfigError, LedgerError
-from zotune.folding import Folding
-from zotune.optimizer import ZO
-from zotune.replaying import optimizer_for, replay
+from zotune.optim.folding import Folding
+from zotune.optim.optimizer import ZO
+from zotune.optim.replaying import optimizer_for, replay
 
 LOZO = {"method": "lozo", "method_options": {"rank": 2, "interval": 6}}
 METHODS = [

@@ -22,7 +22,7 @@ def adapter(folder, tmp_path_factory):
     from peft import LoraConfig, get_peft_model
 
     from zotune.models import load_model
-    from zotune.run_folder import save_model
+    from zotune.runs.run_folder import save_model
 
     model, tokenizer = load_model(str(folder))
     with warnings.catch_warnings():

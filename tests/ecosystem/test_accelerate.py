@@ -11,7 +11,7 @@ from tests.support.models import assert_same_bits, bits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "accelerate_loop.py"
 

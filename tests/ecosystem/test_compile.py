@@ -13,7 +13,7 @@ from zotune.core.ledger import read_ledger
 from zotune.engines import ENGINES
 from zotune.kernels.dispatch import using
 from zotune.kernels.reference import ReferenceBackend
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 ALL = sorted({"auto", *ENGINES})
 WAYS = {

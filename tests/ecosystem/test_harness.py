@@ -104,7 +104,7 @@ def test_the_harness_alone_reads_the_folders(request, folder, films, which):
 @needs_harness
 def test_a_model_in_hand_is_left_as_it_was(folder, films):
     """Modes, global generators; limit and shots reach the harness."""
-    from zotune.harness import evaluate_harness
+    from zotune.evaluation.harness import evaluate_harness
 
     model, tokenizer = load_model(str(folder))
     model.train()
@@ -123,7 +123,7 @@ def test_a_model_in_hand_is_left_as_it_was(folder, films):
 def test_wrong_requests_are_refused_before_any_work(folder, films, tmp_path, monkeypatch):
     from lm_eval.tasks import TaskManager
 
-    from zotune.harness import evaluate_harness
+    from zotune.evaluation.harness import evaluate_harness
 
     def small(include_defaults):  # the library's own thousands of tasks take seconds to list
         return TaskManager(include_path=str(films.parent), include_defaults=False)
@@ -147,7 +147,7 @@ def test_wrong_requests_are_refused_before_any_work(folder, films, tmp_path, mon
 @needs_harness
 def test_rows_that_the_model_was_trained_on_are_refused(folder, films):
     """The demo's corpus holds SST-2's sentences; the harness's task of that name is known by its leaf."""
-    from zotune.harness import evaluate_harness
+    from zotune.evaluation.harness import evaluate_harness
 
     model, tokenizer = load_model(str(folder))
     sst2 = {**json.loads(films.read_text()), "task": "sst2"}
@@ -160,7 +160,7 @@ def test_rows_that_the_model_was_trained_on_are_refused(folder, films):
 def test_masked_models_are_refused():
     from transformers import RobertaConfig, RobertaForMaskedLM
 
-    from zotune.harness import evaluate_harness
+    from zotune.evaluation.harness import evaluate_harness
 
     small = RobertaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     model = RobertaForMaskedLM(small)

@@ -15,7 +15,7 @@ from torch import nn
 
 from zotune.engines import ENGINES
 from zotune.errors import ClosureError, ConfigError
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 engines = pytest.mark.parametrize("engine", sorted({"auto", *ENGINES}))
 

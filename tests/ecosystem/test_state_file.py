@@ -10,7 +10,7 @@ from tests.support.methods import VARIANTS
 from tests.support.models import CASES, assert_same_bits, snapshot
 
 from zotune.errors import DataError
-from zotune.state_file import read_state, write_state
+from zotune.runs.state_file import read_state, write_state
 
 
 def same(one, other):
@@ -104,7 +104,7 @@ def test_a_failed_write_keeps_the_file_before_and_is_an_oserror(tmp_path, monkey
         name.write_bytes(b"half")
         raise SafetensorError("No space left on device (os error 28)")
 
-    monkeypatch.setattr("zotune.state_file.save_file", full)
+    monkeypatch.setattr("zotune.runs.state_file.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         write_state(path, {"step": 2})
     assert read_state(path) == {"step": 1}

@@ -12,9 +12,9 @@ import zotune
 from zotune.core.ledger import read_ledger
 from zotune.errors import ConfigError
 from zotune.hf import ZOTrainer
-from zotune.job import Listener
-from zotune.rebuild import rebuild
-from zotune.replaying import optimizer_for
+from zotune.optim.replaying import optimizer_for
+from zotune.runs.job import Listener
+from zotune.runs.rebuild import rebuild
 
 
 def losses(trainer):

@@ -18,8 +18,8 @@ from zotune.core.noise import stream
 from zotune.core.site import Site
 from zotune.kernels.contract import Run, Term
 from zotune.kernels.philox import words
-from zotune.optimizer import ZO
-from zotune.replaying import optimizer_for, replay
+from zotune.optim.optimizer import ZO
+from zotune.optim.replaying import optimizer_for, replay
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -20,7 +20,7 @@ from zotune.core.site import Site
 from zotune.core.weights import Weights
 from zotune.kernels.contract import Addition, Run, Term
 from zotune.kernels.dispatch import using
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.parametrize("device", DEVICES), pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]

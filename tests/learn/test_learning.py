@@ -14,7 +14,6 @@ from zotune.finetuner.folder import load_folder, save_folder
 from zotune.finetuner.importer import read_released
 from zotune.finetuner.names import assign
 from zotune.finetuner.networks import NUMBERS, untrained
-from zotune.job import Listener
 from zotune.learn.config import LearnConfig
 from zotune.learn.cost import memory
 from zotune.learn.ground import prepare
@@ -22,7 +21,8 @@ from zotune.learn.learner import Learner
 from zotune.learn.learning import learn
 from zotune.learn.start import equal_start
 from zotune.models import load_model
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
+from zotune.runs.job import Listener
 
 VARIANTS = pytest.mark.parametrize("variant", ["paper", "corrected"])
 VISITS = 3 * 2 * 2  # epochs, batches of 4 in 8 rows, tasks

@@ -6,7 +6,7 @@ import torch
 import zotune
 from zotune.core.site import canonical_name
 from zotune.errors import ConfigError, DataError, ModelError
-from zotune.evaluate import evaluate
+from zotune.evaluation.evaluate import evaluate
 from zotune.masked import MaskedScorer, encode_all_masked, find_masked_template, load_masked
 from zotune.tasks.encoding import Encoded
 from zotune.tuning import make_mode

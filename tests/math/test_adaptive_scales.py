@@ -22,8 +22,8 @@ from zotune.core.ledger import read_ledger
 from zotune.core.site import Site
 from zotune.errors import ConfigError
 from zotune.methods.adaptive_scales import AdaptiveScales, groups_of
-from zotune.optimizer import ZO
-from zotune.replaying import replay
+from zotune.optim.optimizer import ZO
+from zotune.optim.replaying import replay
 
 
 def test_equals_the_readable_twin():

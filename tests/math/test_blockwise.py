@@ -13,7 +13,7 @@ from tests.support.models import CASES, assert_same_bits, snapshot
 from zotune.core.site import Site
 from zotune.errors import ConfigError
 from zotune.methods.blockwise import Blockwise, blocks_of
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Blocks

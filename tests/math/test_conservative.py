@@ -11,7 +11,7 @@ from tests.support.models import CASES
 
 from zotune.errors import ConfigError
 from zotune.methods.conservative import Conservative
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 from zotune.rules import RULES
 
 

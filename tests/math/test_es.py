@@ -21,7 +21,7 @@ from tests.support.bare import estimate_of
 
 from zotune.errors import ConfigError
 from zotune.methods.es import ES, centred_ranks
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Identities of one step

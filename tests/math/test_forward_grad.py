@@ -23,8 +23,8 @@ from zotune.core.site import Site
 from zotune.engines.layerwise import Layerwise
 from zotune.errors import ConfigError
 from zotune.methods.forward_grad import ForwardGrad
-from zotune.optimizer import ZO
-from zotune.replaying import optimizer_for, replay
+from zotune.optim.optimizer import ZO
+from zotune.optim.replaying import optimizer_for, replay
 
 
 @pytest.mark.parametrize("n", [1, 3])

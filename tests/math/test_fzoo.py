@@ -19,7 +19,7 @@ from tests.support.bare import bare_context, estimate_of
 
 from zotune.errors import ConfigError
 from zotune.methods.fzoo import FZOO
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 PLAIN = {"normalise": False}
 

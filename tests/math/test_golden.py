@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from zotune.core.weights import Weights
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 FILE = Path(__file__).with_name("golden.json")
 STEPS = 8

@@ -7,11 +7,11 @@ import torch
 from tests.checks import grzo as checks
 from tests.checks.grzo import estimate_on, start
 
-from zotune.config import TrainConfig
 from zotune.errors import ClosureError, ConfigError
-from zotune.job import prepare
 from zotune.methods.grzo import GRZO, spread_of
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
+from zotune.runs.config import TrainConfig
+from zotune.runs.job import prepare
 
 
 @pytest.mark.parametrize("normalise", [True, False])

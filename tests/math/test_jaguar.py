@@ -20,7 +20,7 @@ from tests.support.models import CASES, assert_same_bits, snapshot
 from zotune.errors import ConfigError
 from zotune.methods.jaguar import Jaguar, subset
 from zotune.methods.mezo import MeZO
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 
 @pytest.mark.parametrize(

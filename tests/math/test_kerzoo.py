@@ -37,7 +37,7 @@ from tests.support.bare import realised as parts_of
 
 from zotune.errors import ConfigError
 from zotune.methods.kerzoo import ORDERS, KerZOO, kernel
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 F = Fraction
 POWER = {j: {j: F(1)} for j in (1, 3, 5, 7)}

@@ -37,8 +37,8 @@ from zotune.methods.ldsd import LDSD, leave_one_out
 from zotune.methods.mezo import MeZO
 from zotune.methods.pizo import Pizo
 from zotune.methods.policy_mean import BLOCK, FORMS
-from zotune.optimizer import ZO
-from zotune.replaying import optimizer_for, replay
+from zotune.optim.optimizer import ZO
+from zotune.optim.replaying import optimizer_for, replay
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from zotune.core.noise import stream
 from zotune.errors import ConfigError
 from zotune.methods import METHODS
 from zotune.methods.mezo import MeZO
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 from zotune.rules.base import decays
 
 

@@ -26,7 +26,7 @@ from zotune.errors import ConfigError
 from zotune.methods.mezo import MeZO
 from zotune.methods.pizo import Pizo, elite_size, ranked
 from zotune.methods.sources import SOURCES
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 VARIANTS = ("guiding", "greedy")
 

@@ -18,7 +18,7 @@ from zotune.core.site import Site
 from zotune.errors import ConfigError
 from zotune.methods.sources import make_source
 from zotune.methods.sparse import Sparse, densities_by_magnitude
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Masks

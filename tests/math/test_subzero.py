@@ -14,7 +14,7 @@ from zotune.core.site import Site
 from zotune.errors import ConfigError
 from zotune.methods.sources import make_source
 from zotune.methods.subzero import Subspace, SubZero
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])

@@ -32,8 +32,8 @@ from zotune.errors import ConfigError, FinetunerError
 from zotune.finetuner.folder import save_folder
 from zotune.finetuner.networks import Networks, untrained
 from zotune.methods.zo_finetuner import ZOFineTuner
-from zotune.optimizer import ZO
-from zotune.replaying import optimizer_for, replay
+from zotune.optim.optimizer import ZO
+from zotune.optim.replaying import optimizer_for, replay
 
 NAMES = list(weights_of())
 

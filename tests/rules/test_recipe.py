@@ -13,7 +13,7 @@ from zotune.core.noise import stream
 from zotune.core.recipe import from_recipe, to_recipe
 from zotune.core.site import Site
 from zotune.errors import ConfigError
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 from zotune.rules import make_rule
 
 SITES = [Site("a.weight", (9, 70)), Site("b.bias", (13,))]

@@ -11,7 +11,7 @@ from zotune.core.direction import HERE
 from zotune.core.elementwise import Sign
 from zotune.core.site import Site
 from zotune.errors import ConfigError
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 from zotune.rules import RULES, make_rule
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64

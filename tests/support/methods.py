@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from zotune.methods import make_method
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 from zotune.rules import RULES
 
 PER_EXAMPLE = {"grzo"}  # whose closures return a loss for each example

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from zotune.errors import ConfigError, DataError
-from zotune.evaluate import (
+from zotune.evaluation.evaluate import (
     Evaluation,
     evaluate,
     evaluate_calibrated,
@@ -14,7 +14,7 @@ from zotune.evaluate import (
     prior_corrected,
     wilson_interval,
 )
-from zotune.evaluate_text import evaluate_generation
+from zotune.evaluation.evaluate_text import evaluate_generation
 from zotune.tasks.catalogue import TASKS
 from zotune.tasks.encoding import Encoded, encode_all
 from zotune.tasks.generation import Generator
@@ -174,7 +174,7 @@ def test_peft_adapters_share_prompts_or_say_why_not(adapter, make_llama):
 
 
 def test_many_options_come_in_parts(make_llama, monkeypatch):
-    monkeypatch.setattr("zotune.evaluate.worthwhile", lambda example: False)
+    monkeypatch.setattr("zotune.evaluation.evaluate.worthwhile", lambda example: False)
     scorer = OptionScorer(make_llama())
     sizes = []
     plain = scorer.scores

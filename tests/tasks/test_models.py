@@ -9,7 +9,7 @@ import torch
 
 from zotune import packaged
 from zotune.errors import MissingExtraError, ModelError
-from zotune.evaluate import evaluate, fit_prior_correction, prior_corrected
+from zotune.evaluation.evaluate import evaluate, fit_prior_correction, prior_corrected
 from zotune.models import load_model
 from zotune.packaged import MEMBER, SHA256, extract_verified, packaged_model_folder
 

@@ -7,7 +7,11 @@ import torch
 
 import zotune
 from zotune.errors import ConfigError, DataError
-from zotune.objectives import (
+from zotune.tasks.catalogue import TASKS
+from zotune.tasks.encoding import Encoded, encode_all
+from zotune.tasks.generation import Generator
+from zotune.tasks.metrics import f1
+from zotune.tasks.objectives import (
     OBJECTIVES,
     SignalWatch,
     check_objective,
@@ -15,10 +19,6 @@ from zotune.objectives import (
     find_reward,
     make_objective,
 )
-from zotune.tasks.catalogue import TASKS
-from zotune.tasks.encoding import Encoded, encode_all
-from zotune.tasks.generation import Generator
-from zotune.tasks.metrics import f1
 from zotune.tasks.scoring import OptionScorer
 from zotune.tasks.task import make_examples
 

@@ -9,7 +9,7 @@ import transformers
 import zotune
 from zotune.core.ledger import Ledger, read_ledger, weights_hash
 from zotune.core.site import canonical_name
-from zotune.replaying import replay
+from zotune.optim.replaying import replay
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.scoring import OptionScorer
 from zotune.tuning import MODES, describe_mode, make_mode, mode_of

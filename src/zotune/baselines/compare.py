@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zotune.baselines.meter import Usage
 from zotune.errors import DataError
-from zotune.evaluate import Evaluation
+from zotune.evaluation.evaluate import Evaluation
 
 HEADINGS = ("", "{} (1 standard error)", "loss", "forward-equivalents", "seconds", "memory beside the model")
 CLEAR = 2.0

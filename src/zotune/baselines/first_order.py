@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from zotune.baselines.meter import Usage, measure
 from zotune.errors import ClosureError, ConfigError, DataError, ParameterError
-from zotune.evaluate import Evaluation, evaluate
+from zotune.evaluation.evaluate import Evaluation, evaluate
+from zotune.runs.training import SCHEDULES, batch_at
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.scoring import OptionScorer
-from zotune.training import SCHEDULES, batch_at
 
 Progress = Callable[[int, float], None]
 """Called after each step with the number of steps taken and the batch's loss."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zotune.baselines.first_order import Scorer
 from zotune.baselines.meter import Usage, measure
 from zotune.errors import ConfigError, DataError, ModelError
-from zotune.evaluate import Evaluation
+from zotune.evaluation.evaluate import Evaluation
 from zotune.tasks.encoding import Encoded
 
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)

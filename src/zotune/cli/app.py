@@ -9,7 +9,7 @@ from zotune.cli.compare import compare
 from zotune.cli.finetuner import import_finetuner
 from zotune.cli.learn import learn
 from zotune.cli.settings import with_settings
-from zotune.config import load_config
+from zotune.runs.config import load_config
 
 app = typer.Typer(
     name="zotune",
@@ -26,7 +26,7 @@ def train(recipe: Path | None, given: dict[str, Any]) -> None:
     """Fine-tune a model on a task. The same command resumes a killed run."""
     config = load_config(recipe, given)
     from zotune.cli.display import Display, show_results
-    from zotune.training import train as run
+    from zotune.runs.training import train as run
 
     with Display(config.steps) as display:
         results = run(config, display)
@@ -53,10 +53,10 @@ def evaluate(
         evaluate_with_harness(recipe, given, harness, shots=demonstrations or None, limit=limit)
         return
     config = load_config(recipe, given)
-    from zotune.asking import ask
     from zotune.cli.display import Display, show_evaluation
-    from zotune.job import prepare
-    from zotune.run_folder import RunFolder, trained_on
+    from zotune.runs.asking import ask
+    from zotune.runs.job import prepare
+    from zotune.runs.run_folder import RunFolder, trained_on
     from zotune.tasks.catalogue import find_task
     from zotune.tasks.task import refuse_overlap
 
@@ -76,7 +76,7 @@ def replay(
 ) -> None:
     """Rebuild trained weights from base weights and a ledger: no data, no forward pass."""
     from zotune.cli.display import Display
-    from zotune.rebuild import rebuild
+    from zotune.runs.rebuild import rebuild
 
     with Display(0) as display:
         outcome = rebuild(base, ledger, out, display)

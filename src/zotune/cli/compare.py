@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from zotune.cli.settings import with_settings
-from zotune.config import load_config
+from zotune.runs.config import load_config
 
 
 @with_settings
@@ -30,8 +30,8 @@ def compare(
     from zotune.baselines import comparison_table
     from zotune.cli.comparison_display import ComparisonDisplay
     from zotune.cli.display import console
-    from zotune.comparing import compare as run
-    from zotune.comparing import failures, rows_of
+    from zotune.comparison.comparing import compare as run
+    from zotune.comparison.comparing import failures, rows_of
 
     names = None if contestants is None else [name for name in contestants.split(",") if name.strip()]
     display = ComparisonDisplay()

@@ -3,7 +3,7 @@
 from typing import Any
 
 from zotune.cli.display import Display, console
-from zotune.turns import CompareListener
+from zotune.comparison.turns import CompareListener
 
 
 class ComparisonDisplay(Display, CompareListener):

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from zotune.config import TrainConfig
-from zotune.job import Listener
 from zotune.methods import METHODS, make_method
 from zotune.rules import RULES, make_rule
+from zotune.runs.config import TrainConfig
+from zotune.runs.job import Listener
 from zotune.tasks.catalogue import TASKS
 
 console = Console()

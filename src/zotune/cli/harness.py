@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from zotune.config import TrainConfig, load_config
 from zotune.errors import ConfigError
+from zotune.runs.config import TrainConfig, load_config
 
 RESULTS = "harness.json"
 MEANT = ("model", "precision", "device", "batch_size", "out")  # settings that mean something to the harness
@@ -35,8 +35,8 @@ def evaluate_with_harness(
         load_config(recipe, given), [task.strip() for task in tasks.split(",") if task.strip()], shots, limit
     )
     from zotune.cli.display import console
-    from zotune.harness import harness_table
-    from zotune.run_folder import write_json
+    from zotune.evaluation.harness import harness_table
+    from zotune.runs.run_folder import write_json
 
     console.print(harness_table(results), highlight=False, soft_wrap=True, markup=False)
     if limit is not None:
@@ -55,14 +55,14 @@ def trained_folder(model: str) -> str:
 
 
 def _ask(config: TrainConfig, tasks: list[str], shots: int | None, limit: int | None) -> dict[str, Any]:
+    from zotune.evaluation.harness import PURPOSE, evaluate_harness
     from zotune.extras import require
-    from zotune.harness import PURPOSE, evaluate_harness
 
     require("lm_eval", extra="eval", purpose=PURPOSE)  # before a model is loaded for nothing
     from zotune.cli.display import Display
     from zotune.models import load_any
     from zotune.precision import choose_device, choose_precision
-    from zotune.run_folder import trained_on
+    from zotune.runs.run_folder import trained_on
 
     device, name = choose_device(config.device), trained_folder(config.model)
     precision = choose_precision(config.precision, device)

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from zotune.config import TrainConfig
 from zotune.errors import ConfigError
+from zotune.runs.config import TrainConfig
 
 OPTIONS = {  # given as name=value, several times
     "mode_options": "--mode-option",

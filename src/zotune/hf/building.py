@@ -9,7 +9,7 @@ from zotune.core.ledger import Ledger, weights_hash
 from zotune.core.site import canonical_name
 from zotune.errors import ConfigError
 from zotune.hf.settings import ZOSettings
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 from zotune.rules.base import decays
 from zotune.tuning import BaseMode, Full, Lora, Prefix, Prompt
 

@@ -23,7 +23,7 @@ from zotune.hf.ledgers import begin, go_back, lay_beside, ledger_path, read_reco
 from zotune.hf.record import make_record, numbers_to_log
 from zotune.hf.refusals import refuse_data_parallel, refuse_first_order, refuse_folding, refuse_sharding
 from zotune.hf.settings import ZOSettings
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 
 class ZOMixin:

@@ -4,7 +4,7 @@ from typing import Any
 
 from zotune.core.registry import options_of
 from zotune.hf.building import kind_of
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 from zotune.version import __version__
 
 

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, get_args, get_type_hints
 
 import yaml
 
-from zotune.config import setting
 from zotune.core.noise import check_kind
 from zotune.core.registry import check_name
 from zotune.core.weights import STORAGES
@@ -19,6 +18,7 @@ from zotune.errors import ConfigError
 from zotune.hf.refusals import refuse_first_order
 from zotune.methods import make_method
 from zotune.rules import make_rule
+from zotune.runs.config import setting
 
 
 @dataclass

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from zotune.config import PRECISIONS, setting
 from zotune.core.registry import suggest
 from zotune.errors import ConfigError
+from zotune.runs.config import PRECISIONS, setting
 
 VARIANTS = ("paper", "corrected")
 GRADIENTS = ("keep", "twice")

@@ -4,17 +4,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zotune.config import TrainConfig
 from zotune.core.noise import stream, uniform
 from zotune.core.site import canonical_name
 from zotune.errors import ConfigError
-from zotune.job import Job, Listener, Loaded, draw_rows, load, seat
 from zotune.learn.config import LearnConfig
-from zotune.objectives import OBJECTIVES
-from zotune.run_folder import RunFolder
+from zotune.runs.config import TrainConfig
+from zotune.runs.job import Job, Listener, Loaded, draw_rows, load, seat
+from zotune.runs.run_folder import RunFolder
+from zotune.runs.training import batch_at
 from zotune.tasks.catalogue import find_task
+from zotune.tasks.objectives import OBJECTIVES
 from zotune.tasks.task import Task
-from zotune.training import batch_at
 from zotune.tuning import Mode, make_mode
 
 

@@ -20,9 +20,9 @@ from zotune.learn.scaling import Scaling, of_start, unscaled
 from zotune.learn.start import distance, equal_start, random_start
 from zotune.learn.trajectory import Trajectory
 from zotune.methods.zo_finetuner import ZOFineTuner
-from zotune.objectives import Objective, closure_for
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 from zotune.tasks.encoding import Encoded
+from zotune.tasks.objectives import Objective, closure_for
 
 CORRECTED = {"paper": False, "corrected": True}
 FRESH: dict[str, Any] = {"names": [], "sigma": torch.empty(0), "losses": [0.0, 0.0]}  # of a task not visited yet

@@ -21,14 +21,14 @@ from zotune.finetuner.folder import load_folder, save_folder
 from zotune.finetuner.names import assign
 from zotune.finetuner.networks import NUMBERS, from_flat
 from zotune.finetuner.profile import TOKENS
-from zotune.job import Listener
 from zotune.learn.config import LearnConfig
 from zotune.learn.cost import plan
 from zotune.learn.ground import Ground, prepare
 from zotune.learn.learner import Learner
 from zotune.learn.start import learned, profile
 from zotune.learn.trajectory import file_start
-from zotune.run_folder import write_json
+from zotune.runs.job import Listener
+from zotune.runs.run_folder import write_json
 
 FORWARDS = 2 + 3 + 3  # of a visit: two probes, and twice forward and backward (a backward pass is worth two forwards)
 

@@ -15,8 +15,8 @@ from zotune.core.common_random import common_random_numbers
 from zotune.core.direction import Direction
 from zotune.core.noise import CHUNK
 from zotune.core.weights import Slot, Weights
-from zotune.objectives import Objective
 from zotune.tasks.encoding import Encoded
+from zotune.tasks.objectives import Objective
 
 Backward = Callable[[], float]  # passes forward and backward over one batch and returns its loss
 

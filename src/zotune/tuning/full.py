@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from zotune.errors import ConfigError
-from zotune.parameters import default_eps
+from zotune.optim.parameters import default_eps
 from zotune.tuning.base import BaseMode, Groups, Named
 
 

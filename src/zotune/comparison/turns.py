@@ -6,16 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from zotune.assess import numbers
 from zotune.baselines import Row, Usage, linear_probe, measure, train_first_order
 from zotune.baselines.first_order import can_checkpoint, forward_equivalents
-from zotune.contestants import Contestant, Ground
-from zotune.evaluate import Evaluation, fit_prior_correction, prior_corrected
-from zotune.job import Job, Listener, make_optimizer
+from zotune.comparison.contestants import Contestant, Ground
+from zotune.evaluation.assess import numbers
+from zotune.evaluation.evaluate import Evaluation, fit_prior_correction, prior_corrected
+from zotune.runs.job import Job, Listener, make_optimizer
+from zotune.runs.training import take_steps
 from zotune.tasks.demonstrations import with_demonstrations
 from zotune.tasks.encoding import Encoded, encode_all, special_tokens, truncation
 from zotune.tasks.scoring import context_of
-from zotune.training import take_steps
 
 Entry = dict[str, Any]
 

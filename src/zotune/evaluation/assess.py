@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from zotune.evaluate import Evaluation, Progress, eval_mode, evaluate
-from zotune.evaluate_text import evaluate_generation
-from zotune.objectives import LanguageModel, Reward
+from zotune.evaluation.evaluate import Evaluation, Progress, eval_mode, evaluate
+from zotune.evaluation.evaluate_text import evaluate_generation
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.generation import Generator
+from zotune.tasks.objectives import LanguageModel, Reward
 from zotune.tasks.task import Task
 
 

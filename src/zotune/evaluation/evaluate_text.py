@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zotune.errors import DataError
-from zotune.evaluate import Progress, check_asked
+from zotune.evaluation.evaluate import Progress, check_asked
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.generation import Generated, Generator
 from zotune.tasks.metrics import METRICS

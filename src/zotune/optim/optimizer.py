@@ -16,10 +16,10 @@ from zotune.core.step import Closure, Engine, Method, Outcome, Rule, settle
 from zotune.core.weights import Weights
 from zotune.engines import make_engine
 from zotune.errors import ClosureError, ConfigError
-from zotune.folding import Folding
 from zotune.methods import make_method
-from zotune.moving import move
-from zotune.parameters import (
+from zotune.optim.folding import Folding
+from zotune.optim.moving import move
+from zotune.optim.parameters import (
     check_folding,
     check_hyperparameters,
     default_eps,
@@ -27,9 +27,9 @@ from zotune.parameters import (
     named_groups,
     warn_small_eps,
 )
-from zotune.querying import context_of
+from zotune.optim.querying import context_of
+from zotune.optim.saving import describe, refuse_lost_moves, take_up_tensors
 from zotune.rules import make_rule
-from zotune.saving import describe, refuse_lost_moves, take_up_tensors
 
 PATIENCE = 10  # steps in a row whose numbers are not finite before the run is stopped
 

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from zotune.baselines.first_order import FIRST_ORDER
-from zotune.config import TrainConfig
 from zotune.core.registry import check_name
 from zotune.errors import ConfigError
-from zotune.evaluate import Evaluation
-from zotune.job import Job, Listener, Loaded, method_options, seat
+from zotune.evaluation.evaluate import Evaluation
 from zotune.methods import METHODS, make_method
-from zotune.objectives import OBJECTIVES, check_objective
 from zotune.rules import make_rule
-from zotune.run_folder import RunFolder
+from zotune.runs.config import TrainConfig
+from zotune.runs.job import Job, Listener, Loaded, method_options, seat
+from zotune.runs.run_folder import RunFolder
 from zotune.tasks.catalogue import find_task
+from zotune.tasks.objectives import OBJECTIVES, check_objective
 from zotune.tasks.task import Task
 from zotune.tuning import MODES, make_mode
 

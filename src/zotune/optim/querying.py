@@ -6,7 +6,7 @@ from typing import Any
 from zotune.core.context import Context
 from zotune.core.noise import stream
 from zotune.core.step import Closure
-from zotune.parameters import HYPERPARAMETERS, eps_factors, trial_of
+from zotune.optim.parameters import HYPERPARAMETERS, eps_factors, trial_of
 
 
 def context_of(opt: Any, closure: Closure) -> Context:

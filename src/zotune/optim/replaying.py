@@ -7,7 +7,7 @@ from typing import Any
 from zotune.core.ledger import Entry, LedgerFile, check_header, read_ledger
 from zotune.engines.recorded import Recorded
 from zotune.errors import LedgerError
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 
 Recording = str | Path | LedgerFile | Sequence[Entry]
 

@@ -19,9 +19,9 @@ import torch
 
 from zotune.errors import ConfigError
 from zotune.extras import require
-from zotune.optimizer import ZO
+from zotune.optim.optimizer import ZO
 from zotune.packaged import without_bars
-from zotune.state_file import read_state, write_state
+from zotune.runs.state_file import read_state, write_state
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -16,14 +16,14 @@ import torch
 
 from zotune.baselines import Row, comparison_markdown, draw_comparison
 from zotune.baselines.first_order import can_checkpoint, check_trainable, forward_equivalents
-from zotune.config import TrainConfig
-from zotune.contestants import UNTRAINED, Contestant, Ground, find_contestants
+from zotune.comparison.contestants import UNTRAINED, Contestant, Ground, find_contestants
+from zotune.comparison.turns import Asked, CompareListener, Entry, runner
 from zotune.errors import ConfigError, DataError, ZotuneError
 from zotune.extras import require
-from zotune.job import Job, load, make_optimizer
-from zotune.run_folder import RunFolder, write_json
+from zotune.runs.config import TrainConfig
+from zotune.runs.job import Job, load, make_optimizer
+from zotune.runs.run_folder import RunFolder, write_json
 from zotune.tasks.scoring import OptionScorer
-from zotune.turns import Asked, CompareListener, Entry, runner
 from zotune.version import __version__
 
 IRRELEVANT = ("out", "method", "steps", "eval_every", "snapshot_every")

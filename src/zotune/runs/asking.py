@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from zotune.assess import numbers
 from zotune.errors import ConfigError
-from zotune.evaluate import evaluate_calibrated
-from zotune.job import Job, Listener
+from zotune.evaluation.assess import numbers
+from zotune.evaluation.evaluate import evaluate_calibrated
+from zotune.runs.job import Job, Listener
+from zotune.runs.training import assess_with_prior
 from zotune.tasks.demonstrations import with_demonstrations
 from zotune.tasks.encoding import Encoded, encode_all, special_tokens, truncation
 from zotune.tasks.scoring import OptionScorer, context_of
 from zotune.tasks.task import Example, calibration_example
-from zotune.training import assess_with_prior
 
 Rows = dict[str, dict[str, Any]]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.assess import Assessor
-from zotune.config import TrainConfig
+from zotune.evaluation.assess import Assessor
+from zotune.runs.config import TrainConfig
 from zotune.core.ledger import Ledger, weights_hash
 from zotune.core.registry import options_of
 from zotune.core.site import canonical_name
@@ -18,12 +18,12 @@ from zotune.errors import ConfigError
 from zotune.masked import MaskedScorer, encode_all_masked, find_masked_template
 from zotune.methods import defaults, make_method
 from zotune.models import load_any
-from zotune.objectives import Objective, check_objective, find_reward, make_objective
-from zotune.optimizer import ZO
-from zotune.parameters import check_folding, may_be_late
+from zotune.tasks.objectives import Objective, check_objective, find_reward, make_objective
+from zotune.optim.optimizer import ZO
+from zotune.optim.parameters import check_folding, may_be_late
 from zotune.precision import Precision, choose_device, choose_precision
 from zotune.rules import make_rule
-from zotune.run_folder import RunFolder
+from zotune.runs.run_folder import RunFolder
 from zotune.tasks.catalogue import find_task
 from zotune.tasks.encoding import Encoded, encode_all, special_tokens, truncation
 from zotune.tasks.generation import Generator

@@ -1,0 +1,1 @@
+"""Contestants at equal forward passes, in one table with a verdict."""

@@ -1,0 +1,1 @@
+"""How good a model is: options by likelihood, generated answers, lm-evaluation-harness."""

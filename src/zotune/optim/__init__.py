@@ -1,0 +1,1 @@
+"""ZO, the torch optimizer, and what it is made of: the two halves of a step, folding, saving, replaying."""
