@@ -138,7 +138,7 @@ def as_matrix(site: Site, square: bool = False) -> tuple[int, int] | None:
     sizes = [size for size in site.shape if size != 1]
     if len(sizes) != 2:
         return None
-    if not square:
+    if not square or 0 in sizes:
         return sizes[0], sizes[1]
     numel = sizes[0] * sizes[1]
     rows = next(k for k in range(math.isqrt(numel), 0, -1) if numel % k == 0)

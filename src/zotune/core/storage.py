@@ -11,7 +11,7 @@ parameter, so that the stored tensor plus the carried bits is an fp32 number (`k
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,10 +33,15 @@ class Slot:
     site: Site
     tensor: Tensor
     storage: "Storage"
+    dtype: torch.dtype = field(init=False)  # of the tensor when its storage was chosen
     carried: Tensor | None = None  # int16, same shape, once there is something to carry
     late: tuple[Term, ...] = ()  # an update that `core.weights` has yet to write: see `Weights.settle`
     reached: int = 0  # elements that have got it, during a query that reads the tensor in pieces
     prepared: Prepared | None = None  # of `Weights.perturb_many`, for the outs that it got last
+
+    def __post_init__(self) -> None:
+        """What `Weights.check_kinds` compares with."""
+        self.dtype = self.tensor.dtype
 
     def stored(self, part: Site) -> Tensor:
         """The stored numbers of a part: a view for a run of elements, a copy for chosen rows."""

@@ -63,6 +63,17 @@ class Weights:
         """Devices that hold trained tensors."""
         return {slot.tensor.device for slot in self}
 
+    def check_kinds(self) -> None:
+        """Raise a ParameterError if a tensor was converted or moved: what is kept beside it goes with its dtype and device."""
+        for slot in self:
+            was: tuple[object, ...] = (slot.dtype, None if slot.carried is None else slot.carried.device)
+            now = (slot.tensor.dtype, None if slot.carried is None else slot.tensor.device)
+            if was != now:
+                raise ParameterError(
+                    f"{slot.site.name!r} was {_kind(was)} when ZO was made, and is {_kind(now)}. Convert and move the model "
+                    "first, then make ZO: what it keeps beside each tensor goes with dtype and device."
+                )
+
     def extra_bytes(self) -> int:
         """Bytes that the low-order bits take beside the tensors."""
         return sum(slot.tensor.numel() * slot.storage.bytes_per_parameter for slot in self)
@@ -125,16 +136,20 @@ class Weights:
     def settle(self, slots: Iterable[Slot] | None = None) -> None:
         """Write the updates that are late, of all tensors or of some: before anything reads the tensors themselves."""
         late: dict[torch.device, list[Addition]] = {}
+        whole = []
         for slot in self if slots is None else slots:
             if slot.reached:
                 rest = slot.site.part(slot.reached, slot.site.count - slot.reached)
                 _addition(slot, slot.late, rest).apply(backend_for(slot.tensor.device).update)
+                slot.late, slot.reached = (), 0
             elif slot.late:
                 late.setdefault(slot.tensor.device, []).append(_addition(slot, slot.late))
-            slot.late, slot.reached = (), 0
+                whole.append(slot)
         self._begun = None
         for device, additions in late.items():
             backend_for(device).update_many(additions)
+        for slot in whole:  # not before it is written: nothing is lost by an error
+            slot.late = ()
 
     def finish(self) -> None:
         """After a query that may have ended early: no tensor has got its late update in part."""
@@ -190,6 +205,10 @@ class Weights:
         self._begun = slot
         if slot.reached == slot.site.count:
             slot.late, slot.reached, self._begun = (), 0, None
+
+
+def _kind(kind: tuple[object, ...]) -> str:
+    return " on ".join(str(part) for part in kind if part is not None)
 
 
 def _as_addition(slot: Slot, along: Direction | None) -> Addition | None:

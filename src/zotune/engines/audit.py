@@ -17,8 +17,13 @@ from zotune.core.weights import Slot
 
 
 def memory_of(tensor: Tensor) -> int | None:
-    """The address of a tensor's memory, which its views share; None for sparse tensors, which have no memory of their own."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else None
+    """The address of a tensor's memory, which its views share; None for what has none (sparse, torch.func's)."""
+    if tensor.layout is not torch.strided:
+        return None
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 class ReadAudit(TorchDispatchMode):  # type: ignore[no-untyped-call]

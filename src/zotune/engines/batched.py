@@ -32,8 +32,10 @@ from zotune.engines.batched_low_rank import Points, ThinProducts, thin_terms
 from zotune.engines.batched_serving import Served
 from zotune.engines.check import refuse_different_losses
 from zotune.engines.layerwise import Layerwise
-from zotune.engines.query import ask
-from zotune.errors import EngineError
+from zotune.engines.query import AMISS, ask
+from zotune.errors import EngineError, ZotuneError
+
+FAR = 1000.0  # times a point: a displacement that changes what a model computes altogether
 
 
 class Batched(Layerwise):
@@ -81,16 +83,44 @@ class Batched(Layerwise):
             self._search(closure, seed)
         if self.served is None or self.served.broken:
             return super()._wave(points, closure, seed)
-        served, answers = self.served, []
-        with served.serving(points), self._behind_the_body():
-            for number, point in enumerate(points):
-                served.turn(number)
-                answers += super()._wave([point], closure, seed)
+        served = self.served
+        try:
+            answers = self._served_wave(served, points, closure, seed)
+        except AMISS as error:
+            if served.sure or not served.together or isinstance(error, ZotuneError):
+                raise
+            answers = self._without_copies(error, served, points, closure, seed)
         self.check_forwards += served.check_forwards
         served.check_forwards = 0
         if served.together and not served.sure and not served.broken and not self._strange:
             return self._compare(served, answers, points, closure, seed)
         return answers
+
+    def _served_wave(self, served: Served, points: Sequence[Direction], closure: Closure, seed: int) -> list[float]:
+        answers: list[float] = []
+        with served.serving(points), self._behind_the_body():
+            for number, point in enumerate(points):
+                served.turn(number)
+                answers += super()._wave([point], closure, seed)
+        return answers
+
+    def _without_copies(
+        self, error: Exception, served: Served, points: Sequence[Direction], closure: Closure, seed: int
+    ) -> list[float]:
+        """The closure failed with its share of several copies. If that is why, the answers without.
+
+        Raises:
+            Exception: `error`, or what the closure raises without copies.
+        """
+        answers = super()._wave(points, closure, seed)
+        try:
+            self._served_wave(served, points, closure, seed)
+        except AMISS:
+            self.check_forwards += 2 * len(points)
+            served.broken = f"not batched: with several copies the closure raises {type(error).__name__} ({error})"
+            served.said = served.broken
+            return answers
+        raise error
 
     def _compare(
         self, served: Served, answers: list[float], points: Sequence[Direction], closure: Closure, seed: int
@@ -101,6 +131,7 @@ class Batched(Layerwise):
             self.check_forwards += len(points)
             try:
                 refuse_different_losses(answers, expected, self.weights)
+                self._refuse_mixing(served, expected, points, closure, seed)
             except EngineError as error:
                 if not self.by_size:
                     raise
@@ -109,6 +140,25 @@ class Batched(Layerwise):
                 return expected
         served.sure = True
         return answers
+
+    def _refuse_mixing(
+        self, served: Served, expected: list[float], points: Sequence[Direction], closure: Closure, seed: int
+    ) -> None:
+        """A point's answer must not depend on the copy beside it: here that one is far away.
+
+        Neighbours differ so little that rows which mix (statistics of the batch, numbers kept beside the output) hide in
+        the rounding of their losses, and yet spoil the slope.
+        """
+        number = next(k for k, point in enumerate(points) if self._moves(point))
+        said, together = served.said, served.together
+        with served.serving([points[number], FAR * points[number]]), self._behind_the_body():
+            served.turn(0)
+            answer = super()._wave([points[number]], closure, seed)
+        mixed, served.said, served.together = served.together > 1, said, together
+        self.check_forwards += 1
+        if mixed:
+            near = [expected[number], *expected]  # the spread of the losses, as where they were compared
+            refuse_different_losses([*answer, *expected], near, self.weights)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Looking at the model
@@ -150,7 +200,7 @@ class Batched(Layerwise):
     @contextmanager
     def _unhooked(self) -> Iterator[None]:
         """Nothing is swapped inside the block."""
-        hooked = bool(self._hooks)
+        hooked = self._hooks is not None
         self._unregister()
         try:
             yield

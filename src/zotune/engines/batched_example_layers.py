@@ -243,7 +243,7 @@ class ExampleEmbedding(ExampleCopied):
             raise Unsuited(f"{type(self.module).__name__} gets an input without a row per example")
         own = F.embedding(first, slot.tensor)
         turned, ratios, of_rows, of_columns = self.turns("weight", own)
-        distinct, places = occurring(first)
+        distinct, places = occurring(first, self.slots["weight"].site.shape[0])
         u = turned.made(slot.site.take(distinct), own.dtype, own.device).view(distinct.numel(), -1)
         points, examples, width = len(ratios), len(of_rows), own.shape[-1]
         if shared:

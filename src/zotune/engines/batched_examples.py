@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from zotune.core.direction import Direction
 from zotune.core.signed import for_example
@@ -28,6 +27,7 @@ from zotune.engines.batched_modules import Wave
 from zotune.engines.batched_serving import Served
 from zotune.engines.check import refuse_different_losses
 from zotune.engines.examples import Noted, check_count
+from zotune.engines.hooks import Hooks
 from zotune.engines.layerwise import Layerwise
 from zotune.engines.query import ask
 from zotune.errors import EngineError
@@ -232,7 +232,7 @@ class ExampleRows:
                     "All steps must take the same path through the model."
                 )
 
-        hook = register_module_forward_pre_hook(enter)
+        hook = Hooks(enter)
         try:
             yield
         finally:

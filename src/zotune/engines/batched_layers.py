@@ -33,7 +33,7 @@ class CopiedEmbedding(Copied):
     def answer(self, first: Tensor, *args: Any, **kwargs: Any) -> Any:
         """See `Copied.answer`."""
         slot, copies = self.slots["weight"], self.wave.copies
-        distinct, places = occurring(first)  # (k,)
+        distinct, places = occurring(first, slot.site.shape[0])  # (k,)
         table = self.values("weight", slot.site.take(distinct), (distinct.numel(), slot.site.width))
         if self.each != SHARED:
             offsets = torch.arange(copies, device=first.device) * distinct.numel()

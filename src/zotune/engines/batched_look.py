@@ -13,15 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import (
-    _global_forward_hooks_with_kwargs,
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 from torch.utils._pytree import TreeSpec
 
 from zotune.core.weights import Weights
 from zotune.engines.batched_calls import CACHE, SHARED, Shape, Unsuited, flatten, shapes_of
+from zotune.engines.hooks import Hooks
 
 WIDER = 2  # a linear layer at the end that gives this many times more than it takes is an output layer
 
@@ -76,16 +72,11 @@ class Watch:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch inside the block."""
-        handles = (
-            register_module_forward_pre_hook(self._begin),
-            register_module_forward_hook(self._end, with_kwargs=True),
-        )
+        hooks = Hooks(self._begin, self._end, with_kwargs=True)
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
-                _global_forward_hooks_with_kwargs.pop(handle.id, None)  # torch leaves it behind
+            hooks.remove()
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         self._clock += 1

@@ -105,6 +105,9 @@ class Copied:
     seen: list[int]  # rows in each call when the model was looked at
     ran: int = 0  # calls in the present forward
     each: str | None = None  # what its rows are: "examples", "tokens", or the same for all copies; None: not known yet
+    rowed: list[tuple[bool | None, ...]] = field(
+        default_factory=list
+    )  # by call: which arguments have rows; None: no tensor
     way: str | None = None  # how the copies are made: "rows" or "copies"; None before it is known
     moved: dict[str, list[bool]] = field(default_factory=dict)  # by attribute: which points of the wave move it
     moves: set[str] = field(default_factory=set)  # what the points of the present forward move
@@ -163,6 +166,8 @@ class Copied:
             raise Unsuited(f"{type(self.module).__name__} is called without a batch")
         if self.wave.looking:
             self.learn(first)
+            leaves = flatten(args, kwargs)[0]
+            self.rowed = [*(self.rowed if self.ran else ()), _rowed(leaves, first.shape[0])]
         self.ran += 1
         if self.each is None or (
             self.each != SHARED and first.shape[0] != self.wave.copies * self.wave.sizes[self.each]
@@ -222,22 +227,31 @@ class Copied:
         copies, total = self.wave.copies, first.shape[0]
         rows = total // copies
         leaves, spec = flatten(args, kwargs)
+        cut = self._cut(leaves, total)
         answers: list[Answer] = []
         for start in range(0, copies, AT_ONCE):
             group = range(start, min(start + AT_ONCE, copies))
             made = {a: self._whole(a, slot, group) for a, slot in self.slots.items() if a in self.moves}
             for place, copy in enumerate(group):
                 own = [
-                    x[copy * rows : (copy + 1) * rows]
-                    if isinstance(x, Tensor) and x.dim() and x.shape[0] == total
-                    else x
-                    for x in leaves
+                    x[copy * rows : (copy + 1) * rows] if has_rows else x
+                    for x, has_rows in zip(leaves, cut, strict=True)
                 ]
                 more, named = unflatten(own, spec)
                 output = self._with({a: values[place] for a, values in made.items()}, more, named)
                 answers.append(Answer.of(output, rows, 1))
         whole = [_joined(parts) for parts in zip(*(answer.leaves for answer in answers), strict=True)]
         return tree_unflatten(whole, answers[0].spec)
+
+    def _cut(self, leaves: list[Any], total: int) -> Sequence[bool | None]:
+        """Which arguments have rows of every copy: those that had when the model was looked at.
+
+        How long a tensor is says little: a mask of positions may happen to have as many.
+        """
+        cut = self.rowed[self.ran - 1] if self.ran <= len(self.rowed) else ()
+        if _rowed(leaves, total) != cut:
+            raise Unsuited(f"{type(self.module).__name__} gets arguments of another kind than when it was looked at")
+        return cut
 
     def _whole(self, attribute: str, slot: Slot, group: range) -> list[Tensor]:
         outs = [torch.empty(slot.tensor.shape, dtype=slot.tensor.dtype, device=slot.tensor.device) for _ in group]
@@ -281,6 +295,11 @@ class Copied:
         except (RuntimeError, TypeError, ValueError):
             return False
         return isinstance(made, Tensor) and made.dtype == expected.dtype and torch.equal(made, expected)
+
+
+def _rowed(leaves: list[Any], rows: int) -> tuple[bool | None, ...]:
+    """Which leaves have so many rows; None for what is no tensor."""
+    return tuple(x.dim() > 0 and x.shape[0] == rows if isinstance(x, Tensor) else None for x in leaves)
 
 
 def _joined(parts: Sequence[Any]) -> Any:

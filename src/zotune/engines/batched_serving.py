@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
+from zotune.core.common_random import put_back, random_state
 from zotune.core.direction import Direction
 from zotune.core.weights import Weights
 from zotune.engines.batched_calls import Answer, Asked, Unsuited, repeat, unflatten
@@ -145,7 +146,9 @@ class Served:
         low_rank = all(matrix.low_rank for matrix in self._matrices if True in matrix.moved.get("weight", ()))
         count = copies_for(tokens, len(self._points) - self._now, low_rank, self.by_size)
         if count == 1 and not low_rank:
-            raise Unsuited(f"layer by layer, one point at a time: {tokens} tokens fill a forward")
+            raise Unsuited(
+                self.said if self._now else f"layer by layer, one point at a time: {tokens} tokens fill a forward"
+            )
         if (not self._taught and sizes != self.body.sizes) or self._alike not in (None, rows == tokens):
             self.moved_on = True  # with one token in each example, rows of examples and of tokens look alike
             raise Unsuited("not batched: the model was looked at with a batch of another size")
@@ -200,9 +203,21 @@ class Served:
         wave.first, wave.last = numbers.start, numbers.stop
         wave.sizes = {"examples": rows, "tokens": tokens}
         args, kwargs = unflatten(repeat(leaves, self.body.batched, rows, copies), spec)
-        with self._unhooked(), self._replaced():
+        with self._unhooked(), self._replaced(), self._nothing_drawn():
             output = self.body.plain(*args, **kwargs)
         return Answer.of(output, rows, copies)
+
+    @contextmanager
+    def _nothing_drawn(self) -> Iterator[None]:
+        """Copies would get masks of their own (dropout whose rate is 0 no longer, say): all points must see the same ones."""
+        devices = self._wave.weights.devices
+        before = random_state(devices)
+        yield
+        if not all(map(torch.equal, before, random_state(devices))):
+            put_back(before, devices)
+            why = "it draws random numbers (dropout), and all points must see the same ones"
+            self.broken = f"not batched: {type(self.body.module).__name__}: {why}"
+            raise Unsuited(why)
 
     @contextmanager
     def _replaced(self) -> Iterator[None]:

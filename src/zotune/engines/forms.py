@@ -24,18 +24,25 @@ MIN_NUMEL = 1 << 22  # smaller weights are not worth cutting up
 
 def embedding_rows(module: nn.Module, site: Site, perturbed: Perturbed, limit: int, ids: Tensor) -> Tensor:
     """nn.Embedding: perturb only the rows that occur."""
-    rows, positions = occurring(ids)
+    rows, positions = occurring(ids, site.shape[0])
     values = perturbed(site.take(rows), (rows.numel(), site.width))
     return F.embedding(positions, values)
 
 
-def occurring(ids: Tensor) -> tuple[Tensor, Tensor]:
+def occurring(ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Rows that hold every number in `ids`, (k,), and where in them each one is. On a GPU numbers may be repeated: how many
     distinct ones there are is not known there without waiting for it.
+
+    Raises:
+        IndexError: on the CPU, a number that is not one of 0 ... count - 1, as torch.nn.Embedding would.
     """
     if ids.is_cuda:
         return ids.reshape(-1), torch.arange(ids.numel(), device=ids.device).view(ids.shape)
-    rows, positions = torch.unique(ids, return_inverse=True)
+    rows, positions = torch.unique(ids, return_inverse=True)  # sorted
+    if rows.numel() and not (rows[0] >= 0 and rows[-1] < count):
+        raise IndexError(
+            f"token ids must be 0 ... {count - 1}, and those of the batch are {int(rows[0])} ... {int(rows[-1])}."
+        )
     return rows, positions
 
 

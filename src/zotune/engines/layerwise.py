@@ -33,11 +33,12 @@ from zotune.engines.examples import one_by_one
 from zotune.engines.forms import form_for
 from zotune.engines.forward_mode import ask_slope, check_slope, probe_scale
 from zotune.engines.in_place import refuse_standing_still
-from zotune.engines.query import ask, ask_first
-from zotune.engines.swapping import Swapping
-from zotune.errors import EngineError
+from zotune.engines.query import AMISS, ask, ask_first
+from zotune.engines.swapping import COMPILED, Swapping
+from zotune.errors import EngineError, ZotuneError
 
-COMPILED = "the model is compiled, so all tensors are perturbed in place: hooks would be compiled into it"
+# Queries before which the model is looked at anew, some ten forwards each time: what a closure reads may change.
+LOOKS = frozenset(8**k for k in range(1, 12))
 Answer = TypeVar("Answer")
 
 
@@ -58,6 +59,7 @@ class Layerwise(Swapping):
         self._leaks: set[str] = set()
         self._unread: set[str] = set()
         self._slope_checked = False
+        self._waves = 0  # answered; see LOOKS
 
     # ------------------------------------------------------------------------------------------------------------------
     # Answering
@@ -67,7 +69,10 @@ class Layerwise(Swapping):
         if not all(point.uniform and self._moves(point) for point in points):
             self.weights.settle()  # else every tensor is read through `Weights`, which writes late updates on the way
         moving = next((point for point in points if self._moves(point)), None)
-        if self._owners is None:
+        self._waves += 1
+        if self._waves in LOOKS and moving is not None:
+            self._look_again(moving, closure, seed)
+        elif self._owners is None:
             self._look(moving, closure, seed)
         answers = self._wave(points, closure, seed)
         if self._strange:  # in eval mode some modules read other tensors (the fast path of nn.TransformerEncoderLayer)
@@ -125,11 +130,25 @@ class Layerwise(Swapping):
             self._owners = None  # half a look would miss leaks: look again at the next query
             raise
 
+    def _look_again(self, point: Direction, closure: Closure, seed: int) -> None:
+        """What was true of the first query need not stay so: a penalty that begins later, another path for other batches."""
+        before = set(self.direct) if self._owners is not None else None
+        self._look(point, closure, seed)
+        late = set() if before is None else self.direct - before
+        if late:
+            warnings.warn(
+                f"Since some query between the last two looks at the model {len(late)} tensors are read outside their modules "
+                f"({_some(sorted(late))}): such reads saw them unperturbed. From now on they are perturbed in place; if this "
+                "matters, start again with engine='in_place'.",
+                stacklevel=2,
+            )
+
     def _survey(self, closure: Closure, seed: int) -> None:
         """One forward at the current weights: is the loss a number, which modules own what, what is read at all?"""
 
         def look(module: nn.Module, args: Any = ()) -> None:
-            self._compiled |= is_compiled(module)
+            if is_compiled(module):
+                self._hookless = COMPILED
             self._modes.setdefault(id(module), (module, set()))[1].add(module.training)
             for parameter in module._parameters.values():
                 slot = self.weights.by_tensor.get(id(parameter))
@@ -145,7 +164,7 @@ class Layerwise(Swapping):
         self._owners = {slot.site.name for _, slot in self._owned.values()}
         self._unread = set(self.weights.slots) - audit.read
         self.direct = (set(self.weights.slots) - self._owners) | self._leaks
-        if self._compiled:
+        if self._hookless:
             self.direct = set(self.weights.slots)
         self._forms = []
         for module, slot in self._owned.values():
@@ -165,15 +184,20 @@ class Layerwise(Swapping):
             try:  # all tensors take part, also those that this point does not move
                 with self.at(point + _Everywhere()), self._audit:
                     ask(closure, self.weights, seed)
+                leaks = self._audit.read
+            except AMISS as error:
+                leaks, self._audit = set(self.weights.slots), None
+                self._without_hooks(error, point, closure, seed)
             finally:
-                leaks, self._audit = self._audit.read, None
+                self._audit = None
             self.check_forwards += 1
-            self._leaks |= leaks
-            self.direct |= leaks
+            if not self._hookless:
+                self._leaks |= leaks
+                self.direct |= leaks
             hooked -= leaks
         if hooked:
             self._try_hooks(hooked, point, closure, seed)
-        self.reason = COMPILED if self._compiled else _say(len(hooked), sorted(self.direct), sorted(self._unread))
+        self.reason = self._hookless or _say(len(hooked), sorted(self.direct), sorted(self._unread))
 
     def _try_hooks(self, hooked: set[str], point: Direction, closure: Closure, seed: int) -> None:
         """Do they run outside the audit, and do they what they should? Code that was compiled before runs without them."""
@@ -185,13 +209,41 @@ class Layerwise(Swapping):
                 self.check_forwards += 1
                 with self._hooked(self._enter):
                     ask(closure, self.weights, seed)
-                self._compiled |= not hooked <= self._met
+                if not hooked <= self._met:
+                    self._hookless = COMPILED
         except EngineError:
-            if hooked <= self._met and not self._compiled:
+            if hooked <= self._met and not self._hookless:
                 raise
-            self._compiled = True
-        if self._compiled:
+            self._hookless = self._hookless or COMPILED
+        except AMISS as error:
+            self._without_hooks(error, point, closure, seed)
+        if self._hookless:
             self.direct, self._strange = set(self.weights.slots), False
+
+    def _without_hooks(self, error: Exception, point: Direction, closure: Closure, seed: int) -> None:
+        """The closure fails with other tensors in the place of parameters (it differentiates, say). Does it in place?
+
+        Raises:
+            Exception: what the closure raised, if it fails there too, or does not fail again with hooks.
+        """
+        if isinstance(error, ZotuneError):
+            raise error
+        try:
+            with self.in_place.at(point, set(self.weights.slots)):
+                ask(closure, self.weights, seed)
+        except AMISS:
+            raise error from None
+        try:
+            with self.at(point):
+                ask(closure, self.weights, seed)
+        except AMISS:
+            self.check_forwards += 2
+            what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
+            why = f"with other tensors in the place of its parameters the closure fails ({what})"
+            self._hookless = f"{why}, so all are perturbed in place"
+            self.direct = set(self.weights.slots)
+            return
+        raise error
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,10 @@ from zotune.core.common_random import common_random_numbers
 from zotune.core.step import Closure
 from zotune.core.weights import Weights
 from zotune.errors import ClosureError
+
+# What torch and Python raise where tensors have other shapes or histories than the closure counts on. What the user's own code
+# raises to stop a run is something else, and goes through at once.
+AMISS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError)
 
 
 def ask(closure: Closure, weights: Weights, seed: int) -> Any:
@@ -35,8 +40,9 @@ def ask(closure: Closure, weights: Weights, seed: int) -> Any:
 
 
 BACKWARD = (
-    "The closure calls backward(). ZO needs the loss alone, from one forward pass: leave out backward() and zero_grad(). "
-    "(A Lightning module with automatic optimization: override its `backward` to do nothing.)"
+    "The closure calls backward() or torch.autograd.grad. ZO needs the loss alone, from one forward pass: leave out backward() "
+    "and zero_grad(). (If the loss is made of derivatives: compute them inside `with torch.enable_grad():`. A Lightning module "
+    "with automatic optimization: override its `backward` to do nothing.)"
 )
 _NO_GRAPH = ("does not require grad and does not have a grad_fn", "backward through the graph a second time")
 
@@ -68,6 +74,10 @@ def ask_first(closure: Closure, weights: Weights, seed: int) -> None:
 
 def as_number(answer: Any) -> float:
     """One number from what a closure returned."""
+    if isinstance(answer, np.ndarray) and answer.size == 1:
+        answer = answer.item()
+    if isinstance(answer, complex) or (isinstance(answer, Tensor) and answer.is_complex()):
+        raise ClosureError("The closure returned a complex number; a loss is real: take its .real or .abs().")
     if isinstance(answer, Tensor):
         if answer.numel() != 1:
             raise ClosureError(

@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_iter
-from torch.utils.hooks import RemovableHandle
 
 from zotune.core.direction import HERE, Direction
 from zotune.core.site import Site
@@ -21,13 +19,15 @@ from zotune.core.weights import Slot, Weights
 from zotune.engines.audit import ReadAudit, memory_of
 from zotune.engines.forms import MIN_NUMEL, Form
 from zotune.engines.forward_mode import dual
+from zotune.engines.hooks import Hooks
 from zotune.engines.in_place import InPlace
 from zotune.engines.scratch import Scratch
 from zotune.kernels.workspace import workspace
 
 IN_CACHE = 1 << 20  # elements of a piece on the CPU: written and multiplied before it leaves the cache
+COMPILED = "the model is compiled, so all tensors are perturbed in place: hooks would be compiled into it"
+THREADS = "trained modules run in several threads, so all tensors are perturbed in place"
 Replaced = list[tuple[str, nn.Parameter, Tensor]]  # attribute, parameter, scratch
-Hooks = tuple[RemovableHandle, ...]
 
 
 class Swapping:
@@ -41,13 +41,13 @@ class Swapping:
         self._formed: dict[int, tuple[nn.Module, Slot]] = {}  # by module: whose forward is replaced for this point
         self._modes: dict[int, tuple[nn.Module, set[bool]]] = {}  # train, eval or both: how a module was looked at
         self._strange = False  # a module ran in a mode in which it was not looked at
-        self._compiled = False  # torch compiles something that was called: no hooks, all tensors are perturbed in place
+        self._hookless = ""  # why there are no hooks, and all tensors are perturbed in place
         self._point: Direction = HERE
         self._only: Collection[str] | None = None
         self._tangents = False  # the point is not a displacement but the tangent of the current weights
         self._audit: ReadAudit | None = None
         self._running: list[tuple[nn.Module, Replaced]] = []
-        self._hooks: Hooks = ()
+        self._hooks: Hooks | None = None
         self._met: set[str] = set()  # names of what the modules that ran hold
         self._scratch = Scratch()
         # a form is a forward, which may get compiled; dynamo's noise differs
@@ -60,7 +60,7 @@ class Swapping:
             yield
             return
         direct = self.direct if only is None else self.direct.intersection(only)
-        swapped = nullcontext() if self._compiled else self._swapped(point, only)
+        swapped = nullcontext() if self._hookless else self._swapped(point, only)
         with self.in_place.at(point, direct) if direct else nullcontext(), swapped:
             yield
 
@@ -69,7 +69,7 @@ class Swapping:
         """Inside a dual level: modules called inside the block see the current weights, with the direction as tangent."""
         self._tangents = True
         try:
-            swapped = nullcontext() if self._compiled else self._swapped(direction, None)
+            swapped = nullcontext() if self._hookless else self._swapped(direction, None)
             with self.in_place.along(direction, self.direct), swapped:
                 yield
         finally:
@@ -107,19 +107,21 @@ class Swapping:
             self._unregister()
 
     def _register(self, enter: Callable[..., None]) -> Hooks:
-        return (
-            register_module_forward_pre_hook(enter),
-            register_module_forward_hook(self._leave, always_call=True),
-        )
+        return Hooks(enter, self._leave, always=True, elsewhere=self._elsewhere)
 
     def _unregister(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = ()
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._hooks = None
+
+    def _elsewhere(self, module: nn.Module, args: Any = ()) -> None:
+        """A module runs in another thread. If it holds trained tensors, the closure may be spread over threads."""
+        if any(id(parameter) in self.weights.by_tensor for parameter in module._parameters.values()):
+            self._hookless, self._strange = THREADS, True
 
     def _enter(self, module: nn.Module, args: Any = ()) -> None:
         if torch.compiler.is_compiling():  # the closure itself is compiled, and this hook with it: look again
-            self._compiled = self._strange = True
+            self._hookless, self._strange = COMPILED, True
             return
         looked = self._modes.get(id(module))
         if looked is not None and module.training not in looked[1]:

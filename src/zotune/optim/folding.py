@@ -118,7 +118,8 @@ class Folding:
     @contextmanager
     def folded(self, seed: int, step: int) -> Iterator[None]:
         """Folded inside the block; afterwards everything has its own bits again (what was late is written, as it will be)."""
-        self.weights.settle()
+        with torch.no_grad():
+            self.weights.settle()
         if not self.pending:
             yield
             return

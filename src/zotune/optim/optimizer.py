@@ -179,6 +179,7 @@ class ZO(torch.optim.Optimizer):
         check_hyperparameters(self.param_groups)
         check_folding(self.folding.every, self.method, self.rule, self.param_groups)
         self.folding.check()
+        self.weights.check_kinds()
         self.last = None  # its direction may hold factors of all matrices
         ctx = context_of(self, closure)
         estimate = ctx.read(self.method.estimate(ctx))
