@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.nn.modules.module import (
     _global_forward_hooks_with_kwargs,
     register_module_forward_hook,
@@ -33,7 +34,7 @@ class Hooks:
 
         def here(hook: Callable[..., None], other: Callable[..., None] | None = None) -> Callable[..., None]:
             def fire(*given: Any) -> None:
-                if threading.get_ident() == own:
+                if torch.compiler.is_compiling() or threading.get_ident() == own:  # dynamo cannot trace the second
                     hook(*given)
                 elif other is not None:
                     other(*given)

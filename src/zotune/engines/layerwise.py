@@ -15,6 +15,7 @@ A compiled model is perturbed in place altogether: hooks would be compiled into 
 A slope (`engines.forward_mode`) is asked for in the same way, with dual tensors in the place of scratch.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -70,7 +71,7 @@ class Layerwise(Swapping):
             self.weights.settle()  # else every tensor is read through `Weights`, which writes late updates on the way
         moving = next((point for point in points if self._moves(point)), None)
         self._waves += 1
-        if self._waves in LOOKS and moving is not None:
+        if self._waves in LOOKS and moving is not None and not self._hookless:
             self._look_again(moving, closure, seed)
         elif self._owners is None:
             self._look(moving, closure, seed)
@@ -132,6 +133,9 @@ class Layerwise(Swapping):
 
     def _look_again(self, point: Direction, closure: Closure, seed: int) -> None:
         """What was true of the first query need not stay so: a penalty that begins later, another path for other batches."""
+        self.check_forwards += 1
+        if not math.isfinite(ask(closure, self.weights, seed)):
+            return  # a run that diverged, or a batch without labels: the step's own losses say so
         before = set(self.direct) if self._owners is not None else None
         self._look(point, closure, seed)
         late = set() if before is None else self.direct - before
