@@ -20,7 +20,8 @@ from torch import nn
 
 from zotune.core.ledger import Entry, Ledger, read_ledger, sites_hash, weights_hash
 from zotune.errors import ClosureError, LedgerError
-from zotune.optim.optimizer import PATIENCE, ZO
+from zotune.optim.optimizer import ZO
+from zotune.optim.patience import PATIENCE
 from zotune.optim.replaying import optimizer_for, replay
 
 

@@ -16,8 +16,9 @@ import zotune
 from zotune.engines import ENGINES
 from zotune.errors import ClosureError, ConfigError, ParameterError
 from zotune.methods.mezo import MeZO
-from zotune.optim.optimizer import PATIENCE, ZO
+from zotune.optim.optimizer import ZO
 from zotune.optim.parameters import default_eps
+from zotune.optim.patience import PATIENCE
 
 engines = pytest.mark.parametrize("engine", ENGINES)
 

@@ -121,8 +121,7 @@ def test_a_compiled_closure(engine, when):
     trained = "" if when == "cold" else "parts"  # the forward of an embedding is replaced, which dynamo does notice
     _, closure, plain = made("in_place", trained=trained)  # the batched engine's forwards of more rows round otherwise
     counting = Counting()
-    _, other, opt = made(engine, trained=trained)
-    opt.engine.compares = when != "scores"
+    _, other, opt = made(engine, trained=trained, smooth=when != "scores")
     compiled = torch.compile(other, backend=counting)
     if when != "cold":
         with torch.no_grad():

@@ -5,6 +5,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from zotune.core.options import check_kinds, options_of
 from zotune.errors import ConfigError
 
 
@@ -12,11 +13,13 @@ def make(kind: str, known: Mapping[str, Any], given: Any, options: Mapping[str, 
     """An object of a registry by its name and options; or the object given, which brings its own options.
 
     Raises:
-        ConfigError: unknown name or option (the nearest known one is suggested), or an option out of range.
+        ConfigError: unknown name or option (the nearest known one is suggested), or an option of another kind or out of range.
     """
     if not isinstance(given, str):
         if options:
             raise ConfigError(f"{kind.capitalize()} options go with a {kind}'s name; an object already has its own.")
+        if is_dataclass(given):
+            check_kinds(f"{kind} {getattr(given, 'name', type(given).__name__)!r}", type(given), options_of(given))
         return given
     check_name(kind, given, known)
     return known[given](**check_options(kind, given, known[given], options or {}))
@@ -29,7 +32,7 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> None:
 
 
 def check_options(kind: str, name: str, cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, if the dataclass has fields of these names; else a ConfigError."""
+    """The options, if the dataclass has fields of these names and kinds; else a ConfigError."""
     known = [f.name for f in fields(cls)] if is_dataclass(cls) else []
     for option in options:
         if option not in known:
@@ -37,12 +40,8 @@ def check_options(kind: str, name: str, cls: type, options: Mapping[str, Any]) -
                 f"{kind.capitalize()} {name!r} has no option {option!r}.{suggest(option, known)} "
                 f"Known: {', '.join(known) or 'none'}."
             )
+    check_kinds(f"{kind} {name!r}", cls, options)
     return dict(options)
-
-
-def options_of(made: Any) -> dict[str, Any]:
-    """Options and their values: the fields of the dataclass."""
-    return {f.name: getattr(made, f.name) for f in fields(made)} if is_dataclass(made) else {}
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -116,10 +116,9 @@ class ZOMixin:
             self._sources = complete(self.args, model)
             decayed = self.get_decay_parameter_names(model)  # type: ignore[attr-defined]
             options = dict(self.optimizer_cls_and_kwargs[1]) if self.optimizer_cls_and_kwargs else {}
+            options.setdefault("smooth", self.smooth)
             self.optimizer = build_optimizer(self.args, model, decayed, self._make_ledger(model), options)
             refuse_folding(self.optimizer)
-            if not self.smooth and hasattr(self.optimizer.engine, "compares"):
-                self.optimizer.engine.compares = False
             self._tell()
         return self.optimizer
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from zotune.core.registry import options_of
+from zotune.core.options import options_of
 from zotune.hf.building import kind_of
 from zotune.optim.optimizer import ZO
 from zotune.version import __version__

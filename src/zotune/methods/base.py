@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from zotune.core.context import Context, Estimate
+from zotune.core.options import Options
 from zotune.core.site import Site
-from zotune.errors import ConfigError
 
 
-class Base:
+class Base(Options):
     """A method without memory that every engine and rule can serve. Methods override what is different for them.
 
     A method is a dataclass. Its fields are its options: they are shown, checked, and written into the ledger's header, so
@@ -17,7 +17,7 @@ class Base:
     seed and the step stay out of it.
     """
 
-    name: ClassVar[str]
+    part: ClassVar[str] = "method"
     paper: ClassVar[str]
     extra_state: ClassVar[str] = "none"
 
@@ -53,10 +53,3 @@ class Base:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Method.load_state_dict`."""
-
-    def check(self, option: str, good: bool, needed: str, why: str = "") -> None:
-        """Raise a ConfigError that names the option, what was given, what is needed and why, unless `good`."""
-        if not good:
-            raise ConfigError(
-                f"{option} must be {needed}; got {getattr(self, option)!r} (method {self.name!r}).{' ' + why if why else ''}"
-            )

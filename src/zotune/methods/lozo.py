@@ -43,13 +43,13 @@ from zotune.core.factors import TABLE_CEILING, Factors, Sheet, by_columns
 from zotune.core.grids import on_grids
 from zotune.core.low_rank import LowRank, low_rank_or_noise, low_rank_shape, normal_sheet, one_thread
 from zotune.core.noise import Stream
+from zotune.core.options import Options
 from zotune.core.site import Site
-from zotune.errors import ConfigError
 from zotune.methods.base import Base
 
 
 @dataclass(eq=False)
-class Lazy:
+class Lazy(Options):
     """The source "lozo": U V^T / sqrt(r) on matrices, of unit variance; plain noise elsewhere."""
 
     rank: int = 2  # r
@@ -61,12 +61,8 @@ class Lazy:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for option, good, needed in (
-            ("rank", self.rank >= 1, "at least 1"),
-            ("interval", self.interval >= 1, "at least 1 step"),
-        ):
-            if not good:
-                raise ConfigError(f"{option} must be {needed}; got {getattr(self, option)!r} ({self.name!r}).")
+        self.check("rank", self.rank >= 1, "at least 1")
+        self.check("interval", self.interval >= 1, "at least 1 step")
         self._shapes: dict[str, tuple[int, int]] = {}  # three caches: what they are made of is all that they depend on
         self._sites: list[Site] = []
         self._v: tuple[tuple[Stream, str] | None, dict[str, Tensor]] = (None, {})

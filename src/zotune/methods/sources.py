@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 from zotune.core.context import Context
 from zotune.core.direction import Direction
+from zotune.core.options import Options
 from zotune.core.registry import make
 from zotune.core.site import Site
 from zotune.methods.base import Base
@@ -34,7 +35,7 @@ class Source(Protocol):
         ...
 
 
-class FullSpace:
+class FullSpace(Options):
     """Sources that keep nothing."""
 
     extra_state: ClassVar[str] = "none"

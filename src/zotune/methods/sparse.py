@@ -32,8 +32,8 @@ from zotune.core.context import Context, Estimate
 from zotune.core.direction import Combination, Direction
 from zotune.core.masked import Masked
 from zotune.core.noise import Stream
+from zotune.core.options import Options
 from zotune.core.site import Site
-from zotune.errors import ConfigError
 from zotune.kernels.contract import LANES
 from zotune.methods.base import Base
 
@@ -41,7 +41,7 @@ SAMPLE = 1 << 22  # numbers looked at for the threshold on magnitudes
 
 
 @dataclass(frozen=True)
-class SparseNoise:
+class SparseNoise(Options):
     """The source "sparse": m * z / sqrt(density), so that E[z z^T] = I over masks too, as of every source."""
 
     density: float = 0.25  # share of the numbers that is perturbed
@@ -53,7 +53,7 @@ class SparseNoise:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        _check_mask(self)
+        _check_mask(self, self.density, self.interval)
 
     def draw(self, ctx: Context) -> Direction:
         """See `Source.draw`. All directions of an interval have the same mask."""
@@ -78,7 +78,7 @@ class Sparse(Base):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        _check_mask(self)
+        _check_mask(self, self.density, self.interval)
         self.check("kind", self.kind in _DENSITIES, f"one of {', '.join(map(repr, _DENSITIES))}")
         self.check("n", self.n >= 1, "at least 1 direction per step")
         self._densities: dict[str, float] | None = None  # by tensor, from the first step's weights
@@ -111,18 +111,10 @@ class Sparse(Base):
         self._densities = dict(state["densities"]) if "densities" in state else None
 
 
-def _check_mask(made: Any) -> None:
-    checks = [
-        (
-            "density",
-            1 / LANES <= made.density <= 1,
-            "between 2**-16 and 1: the share that is trained, not the sparsity",
-        ),
-        ("interval", made.interval >= 1, "at least 1 step"),
-    ]
-    for option, good, needed in checks:
-        if not good:
-            raise ConfigError(f"{option} must be {needed}; got {getattr(made, option)!r} ({made.name!r}).")
+def _check_mask(made: Options, density: float, interval: int) -> None:
+    share = "between 2**-16 and 1: the share that is trained, not the sparsity"
+    made.check("density", 1 / LANES <= density <= 1, share)
+    made.check("interval", interval >= 1, "at least 1 step")
 
 
 def _mask_of(ctx: Context, interval: int) -> Stream:

@@ -34,8 +34,8 @@ from zotune.core.direction import HERE, Combination, Direction
 from zotune.core.frames import Batch, Frames
 from zotune.core.low_rank import as_matrix, low_rank_or_noise, low_rank_shape, normal_stack, random_basis
 from zotune.core.noise import Stream
+from zotune.core.options import Options
 from zotune.core.site import Site
-from zotune.errors import ConfigError
 from zotune.methods.base import Base
 
 THIN = 8  # a side of at most THIN * rank is thin: the basis would span an eighth of it or more
@@ -43,7 +43,7 @@ RESHAPES = ("auto", "never", "always")
 
 
 @dataclass(eq=False)
-class Subspace:
+class Subspace(Options):
     """The source "subzero": sqrt(mn)/r U Z V^T on matrices, plain noise elsewhere."""
 
     rank: int = 8  # r; the released code's default, and 24 in its example
@@ -56,14 +56,9 @@ class Subspace:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        checks = [
-            ("rank", self.rank >= 1, "at least 1"),
-            ("interval", self.interval >= 1, "at least 1 step"),
-            ("reshape", self.reshape in RESHAPES, f"one of {', '.join(RESHAPES)}"),
-        ]
-        for option, good, needed in checks:
-            if not good:
-                raise ConfigError(f"{option} must be {needed}; got {getattr(self, option)!r} ({self.name!r}).")
+        self.check("rank", self.rank >= 1, "at least 1")
+        self.check("interval", self.interval >= 1, "at least 1 step")
+        self.check("reshape", self.reshape in RESHAPES, f"one of {', '.join(RESHAPES)}")
         self._frames = Frames({})  # a cache: what it is made of is all that it depends on
         self._made_of: tuple[Stream, list[Site]] | None = None
 

@@ -1,6 +1,5 @@
 """ZO: a method, a rule and an engine put together as a `torch.optim.Optimizer`."""
 
-import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, overload
@@ -26,12 +25,12 @@ from zotune.optim.parameters import (
     hyperparameters_of,
     named_groups,
     warn_small_eps,
+    whole,
 )
+from zotune.optim.patience import Patience
 from zotune.optim.querying import context_of
 from zotune.optim.saving import describe, refuse_lost_moves, take_up_tensors
 from zotune.rules import make_rule
-
-PATIENCE = 10  # steps in a row whose numbers are not finite before the run is stopped
 
 
 class ZO(torch.optim.Optimizer):
@@ -67,6 +66,8 @@ class ZO(torch.optim.Optimizer):
             up as factors beside the matrices; a dense move is written by the next step's query as it reads the tensor,
             the same bits in fewer passes. BETWEEN TWO FOLDS THE MODULE'S OWN TENSORS LAG BEHIND: call `fold()` before
             anything else reads or writes them, or look inside `folded()`. 0: in each step.
+        smooth: whether the closure returns a smooth function of the weights. False for a score that jumps (accuracy, a
+            reward of text): engines are checked by comparing losses, and rounding alone moves such a score.
 
     Attributes:
         step_number, forwards, refused: steps taken; queries asked; steps whose numbers were not finite.
@@ -95,6 +96,7 @@ class ZO(torch.optim.Optimizer):
         rule_options: dict[str, Any] | None = None,
         ledger: Ledger | str | Path | None = None,
         fold_every: int = 0,
+        smooth: bool = True,
     ) -> None:
         groups = named_groups(params)
         self.method: Method = make_method(method, method_options)
@@ -107,7 +109,7 @@ class ZO(torch.optim.Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "zo_step": 0,
-            "zo_seed": int(seed),
+            "zo_seed": whole("seed", seed),
             "zo_method": {},
             "zo_rule": {},
             "zo_pending": [],
@@ -115,14 +117,14 @@ class ZO(torch.optim.Optimizer):
         }
         super().__init__(groups, defaults)
         check_hyperparameters(self.param_groups)
-        check_folding(fold_every, self.method, self.rule, self.param_groups)
+        check_folding(whole("fold_every", fold_every), self.method, self.rule, self.param_groups)
         warn_small_eps(tensors, self.param_groups[0]["eps"])
         self.weights = Weights(self._named(), low_precision)
         self.folding = Folding(self.weights, fold_every, self.method.low_rank)
-        self.engine: Engine = make_engine(engine, self.weights, self.method, self.rule)
+        self.engine: Engine = make_engine(engine, self.weights, self.method, self.rule, smooth)
         self.ledger = Ledger(ledger) if isinstance(ledger, str | Path) else ledger
         self.last: Outcome | None = None
-        self._refused_in_a_row = 0
+        self.patience = Patience()
         self._asked: tuple[Context, Estimate] | None = None
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -164,7 +166,8 @@ class ZO(torch.optim.Optimizer):
         if self.folding.is_due(self.step_number):
             self.folding.fold(self.seed, self.step_number)
         self._count_step()
-        self._count_refusals(self.last)
+        self._counts["refused"] += not self.last.accepted
+        self.patience.count(self.last, self.step_number - 1)
         return torch.tensor(float(estimate.loss), dtype=torch.float64)
 
     @_disable_dynamo
@@ -249,21 +252,6 @@ class ZO(torch.optim.Optimizer):
             loss, groups = float(outcome.estimate.loss), hyperparameters_of(self.param_groups)
             entry = Entry(self.step_number, loss, list(outcome.losses), groups)
             self.ledger.append(self.describe, entry, pending=bool(self.folding.pending))
-
-    def _count_refusals(self, outcome: Outcome) -> None:
-        self._counts["refused"] += not outcome.accepted
-        self._refused_in_a_row = 0 if outcome.accepted else self._refused_in_a_row + 1
-        if self._refused_in_a_row >= PATIENCE:
-            raise ClosureError(
-                f"The loss has not been a finite number for {PATIENCE} steps in a row (last: {outcome.losses}); those steps "
-                "left the weights alone. Lower lr or eps, or run the forward pass in bf16 or fp32 instead of fp16."
-            )
-        if not outcome.accepted:
-            warnings.warn(f"Step {self.step_number - 1} was refused: its losses are {outcome.losses}.", stacklevel=4)
-
-    def _forgive(self) -> None:
-        """Forget the refused steps in a row: the next PATIENCE of them are taken again before the run is stopped."""
-        self._refused_in_a_row = 0
 
     def _count_step(self) -> None:
         # One cheap entry per parameter: an empty state makes torch.distributed.checkpoint allocate gradients.

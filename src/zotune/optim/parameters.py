@@ -1,8 +1,10 @@
 """What may be handed to ZO, what is refused before any work starts, and what the parameter groups say."""
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -93,6 +95,14 @@ def warn_small_eps(tensors: Iterable[Tensor], eps: float) -> None:
         )
 
 
+def whole(name: str, given: Any) -> int:
+    """A whole number that was given for the setting `name`; a ConfigError if it is none."""
+    try:
+        return operator.index(given)
+    except TypeError:
+        raise ConfigError(f"{name} must be a whole number; got {given!r}.") from None
+
+
 def check_hyperparameters(groups: Iterable[dict[str, Any]]) -> None:
     """Raise a ConfigError if a group's lr, eps or weight decay is out of range."""
     checks: list[tuple[str, Callable[[float], bool], str]] = [
@@ -102,9 +112,10 @@ def check_hyperparameters(groups: Iterable[dict[str, Any]]) -> None:
     ]
     for group in groups:
         for key, good, needed in checks:
-            value = float(group[key])
-            if not (math.isfinite(value) and good(value)):
-                raise ConfigError(f"{key} must be {needed}; got {value}.")
+            given = group[key]
+            number = isinstance(given, Real) or (isinstance(given, Tensor) and given.numel() == 1)
+            if not (number and math.isfinite(float(given)) and good(float(given))):
+                raise ConfigError(f"{key} must be {needed}; got {given!r}.")
 
 
 def hyperparameters_of(groups: Iterable[dict[str, Any]]) -> list[dict[str, float]]:

@@ -35,7 +35,7 @@ def replay(opt: ZO, ledger: Recording, progress: Callable[[int], None] | None = 
             for group, hyperparameters in zip(opt.param_groups, entry.groups, strict=True):
                 group.update(hyperparameters)
             recorded = Recorded(entry.losses, entry.step)
-            opt._forgive()  # the run went on after its refused steps, and so does the replay
+            opt.patience.forgive()  # the run went on after its refused steps, and so does the replay
             opt.engine = recorded
             opt.step(_no_model)
             recorded.close()

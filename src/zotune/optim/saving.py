@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zotune.core.registry import options_of
+from zotune.core.options import options_of
 from zotune.errors import ConfigError
 from zotune.version import __version__
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from zotune.core.context import Estimate
 from zotune.core.direction import Direction
 from zotune.core.noise import CHUNK
+from zotune.core.options import Options
 from zotune.core.site import Site
 from zotune.errors import ConfigError
 from zotune.kernels.workspace import workspace
@@ -24,10 +25,10 @@ def decays(name: str) -> bool:
     return not any(part in name.lower() for part in NO_DECAY)
 
 
-class BaseRule:
+class BaseRule(Options):
     """A rule that remembers nothing. A rule is a frozen dataclass; its fields are its options."""
 
-    name: ClassVar[str]
+    part: ClassVar[str] = "rule"
     extra_state: ClassVar[str] = "none"
     offers: ClassVar[frozenset[str]] = frozenset()
 
@@ -55,11 +56,6 @@ class BaseRule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Rule.load_state_dict`."""
-
-    def check(self, option: str, good: bool, needed: str) -> None:
-        """Raise a ConfigError that names the option, what was given and what is needed, unless `good`."""
-        if not good:
-            raise ConfigError(f"{option} must be {needed}; got {getattr(self, option)!r} (rule {self.name!r}).")
 
 
 def shrinks(site: Site, group: dict[str, Any]) -> bool:

@@ -8,25 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.evaluation.assess import Assessor
-from zotune.runs.config import TrainConfig
 from zotune.core.ledger import Ledger, weights_hash
-from zotune.core.registry import options_of
+from zotune.core.options import options_of
 from zotune.core.site import canonical_name
-from zotune.engines.layerwise import Layerwise
 from zotune.errors import ConfigError
+from zotune.evaluation.assess import Assessor
 from zotune.masked import MaskedScorer, encode_all_masked, find_masked_template
 from zotune.methods import defaults, make_method
 from zotune.models import load_any
-from zotune.tasks.objectives import Objective, check_objective, find_reward, make_objective
 from zotune.optim.optimizer import ZO
 from zotune.optim.parameters import check_folding, may_be_late
 from zotune.precision import Precision, choose_device, choose_precision
 from zotune.rules import make_rule
+from zotune.runs.config import TrainConfig
 from zotune.runs.run_folder import RunFolder
 from zotune.tasks.catalogue import find_task
 from zotune.tasks.encoding import Encoded, encode_all, special_tokens, truncation
 from zotune.tasks.generation import Generator
+from zotune.tasks.objectives import Objective, check_objective, find_reward, make_objective
 from zotune.tasks.rows import SPLITS, choose_rows, load_rows, protocol_split
 from zotune.tasks.scoring import OptionScorer, context_of
 from zotune.tasks.task import Rows, Task, make_examples
@@ -200,7 +199,7 @@ def make_optimizer(job: Job) -> ZO:
     engine = config.engine
     if engine == "auto" and job.objective.generates:
         engine = "in_place"  # an answer takes many forwards: perturb once, not in each of them
-    opt = ZO(
+    return ZO(
         job.mode.groups(named, eps) or named,
         config.method,
         lr=job.lr,
@@ -214,13 +213,11 @@ def make_optimizer(job: Job) -> ZO:
         method_options=method_options(config),
         rule_options=config.rule_options,
         fold_every=config.fold_every or _late(config),
+        smooth=job.objective.differentiable,  # rounding flips predictions, and scores jump
         ledger=Ledger(
             job.folder.ledger, describe_base(config.model, job.precision.weights, named, job.mode, config.seed)
         ),
     )
-    if isinstance(opt.engine, Layerwise):
-        opt.engine.compares = job.objective.differentiable  # rounding flips predictions, and scores jump
-    return opt
 
 
 def _late(config: TrainConfig) -> int:

@@ -9,9 +9,9 @@ from torch import Tensor
 from zotune.core.ledger import read_ledger, weights_hash
 from zotune.core.site import canonical_name
 from zotune.errors import LedgerError
-from zotune.runs.job import Listener
 from zotune.models import load_any
 from zotune.optim.replaying import optimizer_for, replay
+from zotune.runs.job import Listener
 from zotune.runs.run_folder import save_model
 from zotune.tuning import mode_of
 

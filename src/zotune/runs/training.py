@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from zotune.evaluation.assess import numbers
-from zotune.runs.config import TrainConfig
 from zotune.core.ledger import check_header, has_header, read_ledger, weights_hash
 from zotune.errors import DataError
+from zotune.evaluation.assess import numbers
 from zotune.evaluation.evaluate import fit_prior_correction, prior_corrected
-from zotune.runs.job import Job, Listener, make_optimizer, plan, prepare
-from zotune.tasks.objectives import SignalWatch, closure_for
 from zotune.optim.optimizer import ZO
 from zotune.optim.replaying import replay
+from zotune.runs.config import TrainConfig
+from zotune.runs.job import Job, Listener, make_optimizer, plan, prepare
 from zotune.runs.report import draw_curves
 from zotune.runs.run_folder import RunFolder, write_json
+from zotune.tasks.objectives import SignalWatch, closure_for
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,

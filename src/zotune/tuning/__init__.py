@@ -5,7 +5,8 @@ A mode also brings the learning rate and eps that its source uses, since adapter
 
 from typing import Any
 
-from zotune.core.registry import make, options_of
+from zotune.core.options import options_of
+from zotune.core.registry import make
 from zotune.tuning.base import BaseMode, Mode, without_peft_warning
 from zotune.tuning.full import Full
 from zotune.tuning.lora import Lora

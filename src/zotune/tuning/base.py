@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from zotune.errors import ConfigError, ModelError
+from zotune.core.options import Options
+from zotune.errors import ModelError
 
 Named = Sequence[tuple[str, Tensor]]  # (canonical name, tensor)
 Groups = list[dict[str, Any]]  # parameter groups as ZO takes them
@@ -45,10 +46,10 @@ class Mode(Protocol):
         ...
 
 
-class BaseMode:
+class BaseMode(Options):
     """A mode is a frozen dataclass; its fields are its options."""
 
-    name: ClassVar[str]
+    part: ClassVar[str] = "mode"
     lr: ClassVar[float]
     eps: ClassVar[float | None]
     source: ClassVar[str]
@@ -60,11 +61,6 @@ class BaseMode:
     def groups(self, named: Named, eps: float | None = None) -> Groups | None:
         """See `Mode.groups`."""
         return None
-
-    def check(self, option: str, good: bool, needed: str) -> None:
-        """Raise a ConfigError that names the option, what was given and what is needed, unless `good`."""
-        if not good:
-            raise ConfigError(f"{option} must be {needed}; got {getattr(self, option)!r} (mode {self.name!r}).")
 
 
 def refuse_adapters(model: Any, mode: str) -> None:
