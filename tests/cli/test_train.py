@@ -152,6 +152,45 @@ def test_a_label_that_the_task_does_not_know_is_refused(run, arguments, tmp_path
         run("train", *arguments, "--data", folder, "--out", tmp_path / "run")
 
 
+def test_a_run_that_was_refused_keeps_no_folder_from_the_next(run, arguments, tmp_path):
+    """What was found wrong is put right in the same folder: nothing was done there yet."""
+    out = tmp_path / "run"
+    with pytest.raises(ConfigError, match="n must be a whole number"):
+        run("train", *arguments, "--method-option", "n=1.5", "--out", out)
+    assert not out.exists()
+    out.mkdir()
+    (out / "run.json").write_text(json.dumps({"seed": 5}))  # killed before the first evaluation was written
+    run("train", *arguments, "--out", out)
+    assert {path.name for path in out.iterdir()} == LEFT_BEHIND
+    assert json.loads((out / "run.json").read_text())["seed"] == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of this kind there")
+def test_two_processes_do_not_share_a_folder(run, arguments, tmp_path):
+    import fcntl
+
+    out = tmp_path / "run"
+    out.mkdir()
+    held = os.open(out, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(ConfigError, match="Another process is at work in"):
+        run("train", *arguments, "--out", out)
+    assert list(out.iterdir()) == []
+    os.close(held)
+    run("train", *arguments, "--out", out)
+
+
+def test_a_file_is_no_folder(run, arguments, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match="is a file, not a folder"):
+        run("train", *arguments, "--out", tmp_path / "run")
+
+
+def test_a_folder_is_no_recipe(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"is a folder, and a recipe is a YAML file.*--model; that of a run is .*model"):
+        run("evaluate", tmp_path)
+
+
 def test_a_folder_that_is_no_run_is_left_alone(run, arguments, tmp_path):
     (tmp_path / "thesis.tex").write_text("all my work")
     with pytest.raises(ConfigError, match="not empty"):

@@ -6,7 +6,8 @@ training (or of what stands for it), evaluations left out.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from zotune.comparison.contestants import UNTRAINED, Contestant, Ground, find_co
 from zotune.comparison.turns import Asked, CompareListener, Entry, runner
 from zotune.errors import ConfigError, DataError, ZotuneError
 from zotune.extras import require
+from zotune.runs.alone import alone_in
 from zotune.runs.config import TrainConfig
 from zotune.runs.job import Job, load, make_optimizer
 from zotune.runs.run_folder import RunFolder, write_json
@@ -66,12 +68,12 @@ def compare(
     if left:
         ground = Ground(config, load(config, task, listener))
         steps = {contestant.label: _rehearse(ground, contestant, forwards, demonstrations) for contestant in left}
-        store.claim()
-        for contestant in left:
-            listener.contestant(contestant.label, steps[contestant.label])
-            entry = _run(ground, contestant, steps[contestant.label], demonstrations, store, listener)
-            store.add(entry)
-            listener.finished(entry)
+        with store.claimed():
+            for contestant in left:
+                listener.contestant(contestant.label, steps[contestant.label])
+                entry = _run(ground, contestant, steps[contestant.label], demonstrations, store, listener)
+                store.add(entry)
+                listener.finished(entry)
     entries = [store.entries[contestant.label] for contestant in wanted]
     _report(entries, config, forwards)
     return entries
@@ -177,7 +179,7 @@ class Store:
         if self.path.is_file():
             before = json.loads(self.path.read_text(encoding="utf-8"))
             changed = [key for key in settings if before["settings"].get(key) != settings[key]]
-            if changed:
+            if changed and before["contestants"]:
                 changes = "; ".join(
                     f"{key} was {before['settings'].get(key)!r}, now {settings[key]!r}" for key in changed
                 )
@@ -189,10 +191,13 @@ class Store:
         elif folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"{folder} is not empty and holds no comparison. Name another folder with --out.")
 
-    def claim(self) -> None:
-        """Make the folder."""
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Make the folder, and hold it: a ConfigError if another process is at work here."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._write()
+        with alone_in(self.folder):
+            self._write()
+            yield
 
     def add(self, entry: Entry) -> None:
         """Write down one more contestant, whole or not at all."""

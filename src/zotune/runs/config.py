@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value not in known:
                 wrong.append(f"{name} must be one of {', '.join(known)}, got {value!r}{_nearest(value, known)}")
-        if self.lr is not None and not self.lr >= 0:
-            wrong.append(f"lr must be at least 0, got {self.lr}")
-        if self.eps is not None and not self.eps > 0:
-            wrong.append(f"eps must be positive, got {self.eps}")
+        if self.lr is not None and not 0 <= self.lr < inf:
+            wrong.append(f"lr must be at least 0 and finite, got {self.lr}")
+        if self.eps is not None and not 0 < self.eps < inf:
+            wrong.append(f"eps must be positive and finite, got {self.eps}")
+        if not 0 <= self.weight_decay < inf:
+            wrong.append(f"weight_decay must be at least 0 and finite, got {self.weight_decay}")
         if self.fold_every < 0:
             wrong.append(f"fold_every must be at least 0, got {self.fold_every}")
         if self.max_length < 8:
@@ -133,6 +136,11 @@ def load_config(recipe: Path | None, overrides: Mapping[str, Any]) -> TrainConfi
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise ConfigError(
+            f"{path} is a folder, and a recipe is a YAML file of settings; see recipes/demo.yaml. A model's folder goes with "
+            f"--model; that of a run is {path / 'model'}."
+        )
     if not path.is_file():
         raise ConfigError(f"No recipe at {path}. A recipe is a YAML file of settings; see recipes/demo.yaml.")
     try:

@@ -12,6 +12,8 @@ model/             the trained model and its tokenizer
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from zotune.errors import ConfigError
 from zotune.extras import require
 from zotune.optim.optimizer import ZO
 from zotune.packaged import without_bars
+from zotune.runs.alone import alone_in
 from zotune.runs.state_file import read_state, write_state
 
 
@@ -44,21 +47,20 @@ class RunFolder:
         self.model = self.path / "model"
         self._settings = self.path / "run.json"
 
-    def claim(self, settings: dict[str, Any]) -> bool:
-        """Make the folder for these settings, or find that it is theirs already.
-
-        Returns:
-            True if a run with these settings was begun here.
+    def begun(self, settings: dict[str, Any]) -> bool:
+        """Whether a run with these settings was begun here. Writes nothing.
 
         Raises:
             ConfigError: the folder holds a run with other settings, or something else.
         """
         if not self._settings.is_file():
-            if self.path.exists() and any(self.path.iterdir()):
+            if self.path.exists() and not self.path.is_dir():
+                raise ConfigError(f"{self.path} is a file, not a folder. Name another folder with --out.")
+            if self.path.is_dir() and any(self.path.iterdir()):
                 raise ConfigError(f"{self.path} is not empty and holds no run. Name another folder with --out.")
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self._settings, settings)
             return False
+        if not (self.metrics.exists() or self.ledger.exists()):
+            return False  # it ended before it had anything to lose
         before = json.loads(self._settings.read_text(encoding="utf-8"))
         different = [key for key in settings if key != "out" and before.get(key) != settings[key]]
         if different:
@@ -68,6 +70,23 @@ class RunFolder:
                 "Name another folder with --out, or give the same settings to resume it."
             )
         return True
+
+    @contextmanager
+    def claimed(self, settings: dict[str, Any]) -> Iterator[bool]:
+        """Make the folder, and hold it for these settings: no other process runs here meanwhile.
+
+        Yields:
+            What `begun` says.
+
+        Raises:
+            ConfigError: as `begun`, or another process is at work here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with alone_in(self.path):
+            resumed = self.begun(settings)
+            if not resumed:
+                write_json(self._settings, settings)
+            yield resumed
 
     def save_snapshot(self, opt: ZO) -> None:
         """Weights and optimizer state of this step, whole or not at all."""

@@ -39,8 +39,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
     """
     listener = listener or Listener()
     folder = RunFolder(config.out)
-    resumed = folder.claim(config.as_dict())
-    if resumed and folder.results.is_file():
+    if folder.begun(config.as_dict()) and folder.results.is_file():
         listener.say(
             f"{folder.path} holds the finished run; nothing to do. Name another folder with --out for a new one."
         )
@@ -49,13 +48,14 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
     job = prepare(config, folder, listener)
     opt = make_optimizer(job)
     listener.plan(plan(job, opt))
-    metrics = folder.read_metrics()
-    if resumed:
-        _resume(job, opt, listener)
-        metrics = [line for line in metrics if line["step"] <= opt.step_number]
-    before = _baselines(job, opt, metrics, listener)
-    _run(job, opt, metrics, listener)
-    return _finish(job, opt, before, metrics, listener)
+    with folder.claimed(config.as_dict()) as resumed:
+        metrics = folder.read_metrics()
+        if resumed:
+            _resume(job, opt, listener)
+            metrics = [line for line in metrics if line["step"] <= opt.step_number]
+        before = _baselines(job, opt, metrics, listener)
+        _run(job, opt, metrics, listener)
+        return _finish(job, opt, before, metrics, listener)
 
 
 def batch_at(step: int, count: int, size: int, seed: int) -> list[int]:
