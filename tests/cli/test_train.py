@@ -186,8 +186,37 @@ def test_a_file_is_no_folder(run, arguments, tmp_path):
         run("train", *arguments, "--out", tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["run.json", "results.json"])
+def test_damaged_files_are_named(run, arguments, tmp_path, name):
+    out = tmp_path / "run"
+    run("train", *arguments, "--out", out)
+    (out / name).write_text("{")
+    with pytest.raises(DataError, match=rf"{name} is damaged"):
+        run("train", *arguments, "--out", out)
+
+
+def test_a_folder_that_cannot_be_made(run, arguments, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        run("train", *arguments, "--out", tmp_path / "file" / "run")
+
+
+def test_an_option_that_no_training_row_has_costs_the_baseline_and_not_the_run(run, arguments, tiny, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = (tiny[1] / "train.jsonl").read_text().splitlines(keepends=True)
+    (data / "train.jsonl").write_text("".join(row for row in rows if json.loads(row)["label"] == 0))
+    (data / "validation.jsonl").write_text((tiny[1] / "validation.jsonl").read_text())
+    words = [str(data) if word == str(tiny[1]) else word for word in arguments]
+    printed = " ".join(run("train", *words, "--out", tmp_path / "run").output.split())
+    assert "no prior-corrected baseline: no training row has option 1" in printed
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["prior_corrected"] is None
+
+
 def test_a_folder_is_no_recipe(run, tmp_path):
-    with pytest.raises(ConfigError, match=r"is a folder, and a recipe is a YAML file.*--model; that of a run is .*model"):
+    with pytest.raises(
+        ConfigError, match=r"is a folder, and a recipe is a YAML file.*--model; that of a run is .*model"
+    ):
         run("evaluate", tmp_path)
 
 

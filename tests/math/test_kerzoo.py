@@ -83,9 +83,10 @@ def test_kernels_are_sums_of_legendre_polynomials(order):
         (as_powers(1), [1, F(3, 5), F(3, 7), F(1, 3)], 3, F(9, 5)),
         (as_powers(3), [1, 0, F(-5, 21), F(-10, 33)], F(75, 4), F(25, 4)),
         (as_powers(5), [1, 0, 0, F(35, 429)], F(3675, 64), F(11025, 832)),
+        (as_powers(7), [1, 0, 0, 0], F(33075, 256), F(99225, 4352)),
         (RELEASED, [4, 0, F(-20, 21), F(-40, 33)], 300, 100),
     ],
-    ids=["K1", "K3", "K5", "released"],
+    ids=["K1", "K3", "K5", "K7", "released"],
 )
 def test_moments(k, moments, square, noise):
     """m1, m3, m5, m7, E[K^2] and E[r^2 K^2] as rationals; and by Gauss-Legendre with 12 nodes, to rounding."""

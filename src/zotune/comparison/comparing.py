@@ -24,7 +24,7 @@ from zotune.extras import require
 from zotune.runs.alone import alone_in
 from zotune.runs.config import TrainConfig
 from zotune.runs.job import Job, load, make_optimizer
-from zotune.runs.run_folder import RunFolder, write_json
+from zotune.runs.run_folder import RunFolder, read_json, write_json
 from zotune.tasks.scoring import OptionScorer
 from zotune.version import __version__
 
@@ -177,7 +177,7 @@ class Store:
         self.path = folder / "comparison.json"
         self.entries: dict[str, Entry] = {}
         if self.path.is_file():
-            before = json.loads(self.path.read_text(encoding="utf-8"))
+            before = read_json(self.path)
             changed = [key for key in settings if before["settings"].get(key) != settings[key]]
             if changed and before["contestants"]:
                 changes = "; ".join(
@@ -194,7 +194,6 @@ class Store:
     @contextmanager
     def claimed(self) -> Iterator[None]:
         """Make the folder, and hold it: a ConfigError if another process is at work here."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         with alone_in(self.folder):
             self._write()
             yield

@@ -1,6 +1,6 @@
 """Block-wise: one pair of probes per block of the model.
 
-The block-wise (module-wise) perturbation of Zhang, Li, Hong, Li, Zhang, Zhang et al., "Revisiting Zeroth-Order
+The block-wise (module-wise) perturbation of Zhang, Li, Hong, Li, Zhang, Zheng et al., "Revisiting Zeroth-Order
 Optimization for Memory-Efficient LLM Fine-Tuning: A Benchmark", ICML 2024, arXiv 2402.11592:
 
     z ~ N(0, I),   z_b = z on the tensors of block b and 0 elsewhere

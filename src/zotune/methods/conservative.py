@@ -1,6 +1,6 @@
 """Conservative: try the step and its opposite before taking one, or stay.
 
-ZO-SGD-Cons of Zhang, Li, Hong, Li, Zhang, Zhang et al., "Revisiting Zeroth-Order Optimization for Memory-Efficient LLM
+ZO-SGD-Cons of Zhang, Li, Hong, Li, Zhang, Zheng et al., "Revisiting Zeroth-Order Optimization for Memory-Efficient LLM
 Fine-Tuning: A Benchmark", ICML 2024, arXiv 2402.11592 (after the stochastic three-points method of Bergou, Gorbunov,
 Richtarik, SIAM J. Optim. 2020):
 

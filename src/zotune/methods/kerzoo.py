@@ -16,9 +16,10 @@ K is the odd polynomial of degree `order` with E[r K] = C and E[r^j K] = 0 for t
 With m_j = E[r^j K] and Gaussian z, E[g] = sum_k eps^{2k}/(2^k k!) m_{2k+1} grad Lap^k L: the bias of K3 starts at eps^4,
 where MeZO's starts at eps^2. The price is variance, 6.25 times MeZO's for K3.
 
-Chosen where sources differ: the paper states one radius per direction, its code draws one per tensor, which brings a third
-of the eps^2 term back; C is 1, so that learning rates compare with MeZO's (the code has 4); K5 is printed with 195/64 in the
-paper, which gives E[r K] = 13/7. `variant="released"` is the code's estimator: a radius per tensor, an interval
+The paper's text was not available: sources are its abstract, the code attributed to its authors, and a transcription by
+others. Chosen where they differ: the transcription has one radius per direction, the code draws one per tensor, which brings
+a third of the eps^2 term back; C is 1, so that learning rates compare with MeZO's (the code has 4); K5 is printed with
+195/64, which gives E[r K] = 13/7. `variant="released"` is the code's estimator: a radius per tensor, an interval
 a_t = a max(1 - t/horizon, 1e-4) that shrinks while K stays that of [-1, 1], and C = 4, so that E[r K] = 25 a_t^2 - 21 a_t^4.
 The code also evaluates at an average of two copies of the weights and clips each tensor's estimate at norm 4e5. Both belong
 to how the weights move, not to the estimate, and averaging needs the second copy: neither is built here.

@@ -16,8 +16,8 @@ beta (LOZO-M):
     N <- beta N + (1 - beta) c U
     W <- W - lr N V^T / r
 
-Forwards per step: 2. Extra memory: none, since V comes from the run seed and t // nu; with momentum r m fp32 numbers per
-matrix.
+Forwards per step: 2. Extra memory: r n fp32 numbers per matrix, V, a cache: it comes from the run seed and t // nu and is
+never saved; with momentum r m more, which are.
 
 E[<G, U V^T> U V^T] = r G, hence the 1/r: E[c U V^T / r] is G over draws of U and V, and G V V^T / r while V is kept.
 E|c U V^T / r|^2 = (mn + 2 + 2 (m + n + 1) / r) |G|^2, where MeZO has mn + 2 (derived here). So with the learning rate of

@@ -17,8 +17,8 @@ sign nor the loss's scale nor its offset.
 
 A pool of two has no effect: v = +-(z_1 - z_2) whatever the ranking, which is MeZO along (z_1 - z_2)/sqrt(2) with
 sqrt(2) eps and 2 lr, exactly. The shipped trainers use M = 2; the paper's table says 4, which is the default here.
-In the linear regime the step along the gradient is E y^2 = 2.104 times MeZO's for M = 4 (2.0 to 2.5 for every M), so a
-comparison at equal lr is one at twice the lr.
+In the linear regime the step along the gradient is E y^2 = 2.104 times MeZO's for M = 4 (between 2 and 8/pi = 2.55 for every
+M), so a comparison at equal lr is one at twice the lr.
 
 Open in the paper: the elite is alpha's share and the rest is its opposite, as in Algorithm 1 (Lemma 4 takes equal groups;
 they agree for alpha = 1/2 and even M). One eps serves pool and pair. SubZero-GV has no formulas: here the pool is drawn

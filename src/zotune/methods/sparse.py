@@ -1,6 +1,6 @@
 """Sparse: MeZO on a random part of the weights that changes now and then.
 
-The gradient pruning of Zhang, Li, Hong, Li, Zhang, Zhang et al., "Revisiting Zeroth-Order Optimization for
+The gradient pruning of Zhang, Li, Hong, Li, Zhang, Zheng et al., "Revisiting Zeroth-Order Optimization for
 Memory-Efficient LLM Fine-Tuning: A Benchmark", ICML 2024, arXiv 2402.11592:
 
     m in {0, 1}^d: each number is 1 with probability `density`, drawn anew every `interval` steps

@@ -15,11 +15,15 @@ except ImportError:  # Windows: nothing is locked there
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a folder, which must exist. The system lets go of it when the process ends, however it ends.
+    """Make a folder, and hold it. The system lets go of it when the process ends, however it ends.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: it cannot be made, or another process holds it.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be made ({error}). Name another folder with --out.") from error
     if fcntl is None:
         yield
         return

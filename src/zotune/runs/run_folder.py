@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from zotune.errors import ConfigError
+from zotune.errors import ConfigError, DataError
 from zotune.extras import require
 from zotune.optim.optimizer import ZO
 from zotune.packaged import without_bars
@@ -32,6 +32,16 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote; a DataError if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(
+            f"{path} is damaged ({error}). Name another folder with --out; the ledger beside it may still be good."
+        ) from error
 
 
 class RunFolder:
@@ -61,7 +71,7 @@ class RunFolder:
             return False
         if not (self.metrics.exists() or self.ledger.exists()):
             return False  # it ended before it had anything to lose
-        before = json.loads(self._settings.read_text(encoding="utf-8"))
+        before = read_json(self._settings)
         different = [key for key in settings if key != "out" and before.get(key) != settings[key]]
         if different:
             changes = "; ".join(f"{key} was {before.get(key)!r}, now {settings[key]!r}" for key in different)
@@ -81,7 +91,6 @@ class RunFolder:
         Raises:
             ConfigError: as `begun`, or another process is at work here.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         with alone_in(self.path):
             resumed = self.begun(settings)
             if not resumed:
@@ -126,7 +135,7 @@ def trained_on(model: str) -> str | None:
     settings = Path(model).parent / "run.json"
     if not (Path(model).is_dir() and settings.is_file()):
         return None
-    task: str = json.loads(settings.read_text(encoding="utf-8"))["task"]
+    task: str = read_json(settings)["task"]
     return task
 
 

@@ -4,7 +4,6 @@ Every part of a run is a function of its settings: which rows are drawn, their o
 killed run resumes from its last snapshot plus the ledger's lines, and ends with the bits of an uninterrupted run.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from zotune.optim.replaying import replay
 from zotune.runs.config import TrainConfig
 from zotune.runs.job import Job, Listener, make_optimizer, plan, prepare
 from zotune.runs.report import draw_curves
-from zotune.runs.run_folder import RunFolder, write_json
+from zotune.runs.run_folder import RunFolder, read_json, write_json
 from zotune.tasks.objectives import SignalWatch, closure_for
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -43,7 +42,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
         listener.say(
             f"{folder.path} holds the finished run; nothing to do. Name another folder with --out for a new one."
         )
-        results: dict[str, Any] = json.loads(folder.results.read_text(encoding="utf-8"))
+        results: dict[str, Any] = read_json(folder.results)
         return results
     job = prepare(config, folder, listener)
     opt = make_optimizer(job)
@@ -140,6 +139,11 @@ def assess_with_prior(job: Job, listener: Listener) -> dict[str, Any]:
         return job.assessor.line(job.heldout, _progress(listener, "held out"))
     fit = job.assessor.options(job.train, _progress(listener, "training rows"))
     plain = job.assessor.options(job.heldout, _progress(listener, "held out"))
+    if missing := sorted(set(range(fit.scores.shape[1])) - set(fit.labels.tolist())):
+        listener.say(
+            f"no prior-corrected baseline: no training row has option {', '.join(map(str, missing))}, so its bias is unknown"
+        )
+        return numbers(plain)
     bias = fit_prior_correction(fit.scores, fit.labels)
     corrected = prior_corrected(plain, bias)
     return {**numbers(plain), "prior_corrected": numbers(corrected), "bias": bias.tolist()}
