@@ -14,8 +14,10 @@ def main() -> None:
         app()
     except ZotuneError as error:
         from rich.console import Console
+        from rich.text import Text
 
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False, soft_wrap=True)
+        message = Text.assemble((type(error).__name__, "bold red"), f": {error}")  # brackets in it are no markup
+        Console(stderr=True).print(message, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on where this one stopped")

@@ -29,7 +29,7 @@ def compare(
     config = load_config(recipe, given)
     from zotune.baselines import comparison_table
     from zotune.cli.comparison_display import ComparisonDisplay
-    from zotune.cli.display import console
+    from zotune.cli.console import console
     from zotune.comparison.comparing import compare as run
     from zotune.comparison.comparing import failures, rows_of
 

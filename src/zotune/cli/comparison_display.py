@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from zotune.cli.display import Display, console
+from zotune.cli.console import console
+from zotune.cli.display import Display
 from zotune.comparison.turns import CompareListener
 
 

@@ -6,17 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from zotune.cli.console import console, facts_table
 from zotune.methods import METHODS, make_method
 from zotune.rules import RULES, make_rule
 from zotune.runs.config import TrainConfig
 from zotune.runs.job import Listener
 from zotune.tasks.catalogue import TASKS
 
-console = Console()
 NEEDS = {"slope": "a differentiable closure", "examples": "a loss per example", "trial": "rule sgd or sign"}
 EXAMPLES: dict[str, dict[str, Any]] = {  # options that some methods cannot do without
     "pgap": {"horizon": 1000},
@@ -60,14 +59,11 @@ class Display(Listener):
 
     def say(self, message: str) -> None:
         """See `Listener.say`."""
-        console.print(f"[dim]{message}[/]", highlight=False, soft_wrap=True)
+        console.print(message, style="dim", highlight=False, soft_wrap=True)
 
     def plan(self, facts: dict[str, str]) -> None:
         """See `Listener.plan`."""
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        for name, value in facts.items():
-            table.add_row(f"[bold]{name}[/]", value)
-        console.print(table)
+        console.print(facts_table(facts))
 
     def counter(self, what: str) -> Callable[[int, int], None]:
         """A progress function for one evaluation."""

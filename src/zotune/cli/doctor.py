@@ -6,10 +6,9 @@ import os
 import platform
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from zotune.cache import cache_folder
+from zotune.cli.console import console, facts_table
 from zotune.errors import KernelError
 from zotune.kernels.dispatch import choice_for
 from zotune.kernels.native import NativeBackend
@@ -32,7 +31,6 @@ OPTIONAL = (
 
 def show_doctor() -> None:
     """Print versions, devices and features."""
-    console = Console()
     fetched = (packaged_model_place() / "config.json").is_file()
     facts = {
         "zotune": __version__,
@@ -45,12 +43,8 @@ def show_doctor() -> None:
         "cache": f"{cache_folder()}{'' if cache_folder().is_dir() else ' (not made yet)'}",
         f"packaged model {ALIAS}": "converted" if fetched else "not fetched yet; the first run does it",
     }
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in facts.items():
-        table.add_row(f"[bold]{name}[/]", value)
-    for library, extra, purpose in OPTIONAL:
-        table.add_row(f"[bold]{library}[/]", _library(library, extra, purpose))
-    console.print(table)
+    facts |= {library: _library(library, extra, purpose) for library, extra, purpose in OPTIONAL}
+    console.print(facts_table(facts))
 
 
 def _devices() -> dict[str, str]:
@@ -89,5 +83,5 @@ def _sharing(apart: bool, nanoseconds: float) -> str:
 
 def _library(name: str, extra: str, purpose: str) -> str:
     if importlib.util.find_spec(name) is None:
-        return f'off: {purpose}. Install it with pip install "zotune\\[{extra}]"'
+        return f'off: {purpose}. Install it with pip install "zotune[{extra}]"'
     return f"{importlib.metadata.version(name)}: {purpose}"

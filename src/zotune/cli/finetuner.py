@@ -30,8 +30,7 @@ def import_finetuner(
     ] = False,
 ) -> None:
     """Turn a released ZO Fine-tuner into a folder, without running its pickle; say how much of it was learned."""
-    from rich.console import Console
-
+    from zotune.cli.console import console
     from zotune.finetuner.fingerprint import fingerprint
     from zotune.finetuner.folder import save_folder
     from zotune.finetuner.importer import read_released
@@ -43,7 +42,6 @@ def import_finetuner(
     notes = {"base_model": base_model, "eps": eps, "batch": batch, "world_size": 1, "tokens_per_example": TOKENS}
     written = _initial(networks, found) if initial else networks
     save_folder(out, written, {**origin, **notes, "networks": "initial" if initial else "trained"})
-    console = Console()
     console.print(_facts(networks, origin, found, checked, out, initial))
     console.print(_furthest(networks, found) if found is not None else _scales(networks))
 
@@ -86,6 +84,7 @@ def _facts(
     out: Path,
     initial: bool,
 ) -> "Table":
+    from zotune.cli.console import facts_table
     from zotune.finetuner.networks import NUMBERS
 
     count = len(networks.names)
@@ -99,7 +98,7 @@ def _facts(
         rows["learned"] = _learned(found)
         rows["never changed"] = f"{found.identical} of {count} networks, bit for bit"
     rows["written"] = f"{out}{' (the untrained control)' if initial else ''}"
-    return _table((), [(f"[bold]{name}[/]", value) for name, value in rows.items()])
+    return facts_table(rows)
 
 
 def _beginning(found: "Fingerprint | None", count: int) -> str:

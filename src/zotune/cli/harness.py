@@ -34,7 +34,7 @@ def evaluate_with_harness(
     results = _ask(
         load_config(recipe, given), [task.strip() for task in tasks.split(",") if task.strip()], shots, limit
     )
-    from zotune.cli.display import console
+    from zotune.cli.console import console
     from zotune.evaluation.harness import harness_table
     from zotune.runs.run_folder import write_json
 

@@ -21,7 +21,8 @@ _NONE = ("none", "None", "null")
 def learn(**given: Any) -> None:
     """Learn an optimizer for a base model on some tasks. The same command resumes a killed run."""
     config = LearnConfig(**_settings(given))
-    from zotune.cli.display import Display, console
+    from zotune.cli.console import console
+    from zotune.cli.display import Display
     from zotune.learn.learning import learn as run
 
     with Display(0) as display:
@@ -94,7 +95,7 @@ learn.__annotations__ = {parameter.name: parameter.annotation for parameter in _
 
 def _summary(facts: dict[str, Any], out: str) -> "Table":
     """How far the networks came, and what they do."""
-    from rich.table import Table
+    from zotune.cli.console import facts_table
 
     found = facts["learned"]
     moved, squared = found["distance"], found["squared"]
@@ -109,7 +110,4 @@ def _summary(facts: dict[str, Any], out: str) -> "Table":
         "written": out,
         "use": f"zotune train ... --method zo_finetuner --method-option finetuner={out}",
     }
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in rows.items():
-        table.add_row(f"[bold]{name}[/]", value)
-    return table
+    return facts_table(rows)
