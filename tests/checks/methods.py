@@ -72,13 +72,16 @@ def check_replay(variant, path, name, dtype, engine="layerwise", steps=7):
     assert rebuilt.forwards == opt.forwards
 
 
-def check_resume(variant, path, dtype, steps=7):
-    """Contract 6: through torch.save and torch.load(weights_only=True), at each step, inside a refresh period too."""
+def check_resume(variant, path, dtype, steps=7, fold_every=0):
+    """Contract 6: through torch.save and torch.load(weights_only=True), at each step, inside a refresh period too.
+
+    With `fold_every`, moves are waiting in most of the states.
+    """
     name = "dropout_mlp"
 
     def begin():
         case = fresh(name, dtype)
-        return case, variant.optimizer(case)
+        return case, variant.optimizer(case, fold_every=fold_every)
 
     whole, opt = begin()
     states = []
@@ -87,6 +90,7 @@ def check_resume(variant, path, dtype, steps=7):
         states.append(path.with_suffix(f".{step}"))
         opt.step(whole.closure)
     assert opt.refused == 0
+    opt.fold()
     for stop, file in enumerate(states):
         case, resumed = begin()
         state = torch.load(file, weights_only=True)
@@ -95,6 +99,7 @@ def check_resume(variant, path, dtype, steps=7):
         assert resumed.step_number == stop
         advance(resumed, case.closure, steps)
         assert resumed.last.losses == opt.last.losses, f"resumed at {stop}, the losses are others"
+        resumed.fold()
         assert_same_bits(snapshot(whole), snapshot(case))
 
 

@@ -58,6 +58,12 @@ def test_resume(variant, tmp_path, dtype):
     checks.check_resume(variant, tmp_path / "state", dtype)
 
 
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.can_wait], ids=lambda v: v.id)
+@DTYPE
+def test_resume_with_moves_waiting(variant, tmp_path, dtype):
+    checks.check_resume(variant, tmp_path / "state", dtype, fold_every=3)
+
+
 @EACH
 def test_saving_changes_nothing(variant):
     checks.check_saving_changes_nothing(variant)

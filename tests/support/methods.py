@@ -44,6 +44,11 @@ class Variant:
             [self.method, *(f"{k}={v}" for k, v in self.options.items()), *([self.rule] * (self.rule != "sgd"))]
         )
 
+    @property
+    def can_wait(self):
+        """Whether `fold_every` is for it."""
+        return "linear" in RULES[self.rule].offers and "slope" not in self.method_object().needs
+
     def method_object(self):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pool=2 and the like warn, rightly

@@ -16,7 +16,7 @@ from zotune.core.pending import Move, Pending, moves_of
 from zotune.core.site import Site
 from zotune.core.weights import Weights
 from zotune.errors import ClosureError
-from zotune.kernels.contract import Term
+from zotune.kernels.contract import Mask, Term
 
 Trial = Callable[[Direction, dict[str, Any]], Direction]  # where a rule would move a parameter group
 
@@ -101,8 +101,7 @@ class Folding:
             if slot.late:
                 late.setdefault(slot.late, []).append(slot.site.name)
         written = [
-            {"names": names, "late": [[*term.key, term.book, float(term.scale)] for term in terms]}
-            for terms, names in late.items()
+            {"names": names, "late": [_written(term) for term in terms]} for terms, names in late.items()
         ]
         return [*self.pending.state_dict(), *written]
 
@@ -113,7 +112,7 @@ class Folding:
             slot.late = ()
         for saved in state:
             for name in saved["names"] if "late" in saved else ():
-                self.weights.slots[name].late = tuple(Term((a, b), book, c) for a, b, book, c in saved["late"])
+                self.weights.slots[name].late = tuple(_read(*written) for written in saved["late"])
 
     @contextmanager
     def folded(self, seed: int, step: int) -> Iterator[None]:
@@ -142,3 +141,13 @@ class Folding:
                 elif slot.carried is not None:
                     slot.carried.copy_(carried)
             self.pending, self._inside = pending, False
+
+
+def _written(term: Term) -> list[Any]:
+    """All of a term of noise, and nothing else is ever late: no tensor has to be kept."""
+    mask = [] if term.mask is None else [*term.mask.key, term.mask.limit]
+    return [*term.key, term.book, float(term.scale), *mask]
+
+
+def _read(a: int, b: int, book: str, scale: float, *mask: int) -> Term:
+    return Term((a, b), book, scale, Mask((mask[0], mask[1]), mask[2]) if mask else None)
