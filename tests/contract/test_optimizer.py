@@ -224,6 +224,42 @@ def test_loading_a_state_from_before_the_first_move_drops_the_carried_bits():
     assert all(slot.carried is None for slot in opt.weights)
 
 
+@pytest.mark.parametrize(
+    ("saved", "wanted", "told"),
+    [
+        ({"method": "ldsd"}, {"method": "mezo"}, "method 'ldsd', not 'mezo'"),
+        ({"rule": "adam"}, {"rule": "momentum"}, "rule 'adam', not 'momentum'"),
+        ({"noise": "rademacher"}, {}, "noise 'rademacher', not 'normal'"),
+        ({"low_precision": "plain"}, {}, "low_precision 'plain', not 'carry'"),
+    ],
+)
+def test_a_state_of_another_kind_is_refused_before_anything_is_taken_up(saved, wanted, told):
+    case = CASES["mlp"](torch.bfloat16)
+    opt = make(case, "in_place", lr=1e-3, **saved)
+    opt.step(case.closure)
+    other = make(case, "in_place", **wanted)
+    with pytest.raises(ConfigError, match=told):
+        other.load_state_dict(opt.state_dict())
+    assert other.step_number == 0
+
+
+def test_a_state_of_other_tensors_is_refused():
+    """The numbers of an fp16 tensor's low-order bits mean something else than those of a bf16 tensor."""
+    case, half = CASES["mlp"](torch.bfloat16), CASES["mlp"](torch.float16)
+    opt = make(case, "in_place", lr=1e-3)
+    opt.step(case.closure)
+    with pytest.raises(ConfigError, match=r"bfloat16.*float16"):
+        make(half, "in_place").load_state_dict(opt.state_dict())
+    with pytest.raises(ConfigError, match="in another order"):
+        ZO(reversed(case.named)).load_state_dict(opt.state_dict())
+    wider = [(name, nn.Parameter(torch.zeros(2, *p.shape, dtype=p.dtype))) for name, p in case.named]
+    with pytest.raises(ConfigError, match="parameters"):
+        ZO(wider).load_state_dict(opt.state_dict())
+    adam = torch.optim.AdamW(case.module.parameters())
+    with pytest.raises(ConfigError, match=r"not the state of a zotune\.ZO"):
+        opt.load_state_dict(adam.state_dict())
+
+
 def test_loading_drops_a_pending_query():
     case = CASES["mlp"](torch.float32)
     opt = make(case, "in_place", lr=1e-3)

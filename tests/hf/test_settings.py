@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
@@ -117,6 +118,16 @@ def test_training_arguments_keep_what_was_set_and_leave_first_order_defaults_beh
     assert settled.max_grad_norm == 0.0
     assert "max_grad_norm 1.0 -> 0.0" in caplog.text
     assert settle_arguments(settled, ZOArguments) is settled
+
+
+def test_fields_of_a_scripts_own_class_stay(tmp_path):
+    @dataclass
+    class Own(TrainingArguments):
+        alpha: float = 0.5
+
+    made = settle_arguments(Own(output_dir=str(tmp_path), use_cpu=True, alpha=0.25), ZOArguments)
+    assert isinstance(made, ZOArguments)
+    assert made.alpha == 0.25
 
 
 def test_a_learning_rate_that_nobody_chose_is_left_open():

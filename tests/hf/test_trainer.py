@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 
 import pytest
 import torch
@@ -150,6 +151,14 @@ def test_resuming_the_last_checkpoint_by_true(run, same_weights):
     same_weights(run("cut", resume=True, **given).model, whole.model)
 
 
+@pytest.mark.parametrize("ledger", ["ledger.jsonl", None])
+def test_a_checkpoint_of_weights_alone_is_refused(run, tmp_path, ledger):
+    """Else its steps would draw the noise of the first ones again."""
+    run(save_strategy="steps", save_steps=2, save_only_model=True, ledger=ledger)
+    with pytest.raises(ConfigError, match="save_only_model"):
+        run(resume=str(tmp_path / "out" / "checkpoint-2"), ledger=ledger)
+
+
 def test_resuming_with_other_settings_is_refused(run, tmp_path):
     run(save_strategy="steps", save_steps=2, max_steps=2)
     with pytest.raises(zotune.ZotuneError, match="method"):
@@ -269,6 +278,21 @@ def test_dropout_is_the_same_in_all_queries_of_a_step_and_on(run, make_model):
     assert abs(without.entries[0].loss - ledger.entries[0].loss) > 1e-4
 
 
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_batch_need_not_be_a_mapping(run, kind):
+    class Pairs(ZOTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            ids, labels = inputs
+            return model(input_ids=ids, labels=labels).loss
+
+    def collate(rows):
+        return kind(torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels"))
+
+    trainer = run(cls=Pairs, remove_unused_columns=False, trainer={"data_collator": collate})
+    # the usual batches also mask the padding, to which no label looks back; fp32 sums in another order
+    assert losses(trainer) == pytest.approx(losses(run("usual")), rel=1e-5)
+
+
 def test_a_loss_that_takes_its_labels_out_of_the_batch_finds_them_in_every_query(run):
     """As transformers' own does with label smoothing."""
     assert run(label_smoothing_factor=0.1, max_steps=1).zo.forwards == 2
@@ -344,6 +368,29 @@ def test_optimizers_of_a_script(make_model, rows, settings, run):
     assert "model.embed_tokens.weight" in made.zo.weights.slots  # noise is keyed by names
 
 
+def test_a_script_s_own_optimizer_is_what_the_record_tells_of(run, make_model, rows, settings):
+    model = make_model()
+    opt = zotune.ZO(model.named_parameters(), lr=3e-4, eps=2e-3)
+    trainer = ZOTrainer(model, settings(learning_rate=None), train_dataset=rows, optimizers=(opt, None))
+    trainer.train()
+    trainer.create_model_card()
+    assert (trainer.record()["lr"], trainer.record()["eps"]) == (3e-4, 2e-3)
+    card = pathlib.Path(trainer.args.output_dir, "README.md").read_text(encoding="utf-8")
+    assert "| lr | 0.0003 (given), constant |" in card
+
+
+def test_a_named_optimizer_is_made_with_its_own_arguments(run):
+    class Mine(zotune.ZO):
+        pass
+
+    given = (Mine, {"method": "fzoo", "lr": 1e-4, "weight_decay": 0.1})
+    trainer = run(trainer={"optimizer_cls_and_kwargs": given}, lr_scheduler_type="linear")
+    assert type(trainer.zo) is Mine
+    told = trainer.record()
+    assert (told["method"], told["lr"], told["weight_decay"], told["lr_source"]) == ("fzoo", 1e-4, 0.1, "given")
+    assert trainer.zo.param_groups[0]["lr"] == 0.0  # the schedule's end
+
+
 def test_optimizers_that_need_gradients_are_refused(make_model, rows, settings):
     model = make_model()
     adam = torch.optim.AdamW(model.parameters())
@@ -376,6 +423,13 @@ def test_settings_that_were_changed_behind_its_back_are_refused(make_model, rows
     arguments.max_grad_norm = 1.0
     with pytest.raises(ConfigError, match="max_grad_norm"):
         ZOTrainer(make_model(), arguments, train_dataset=rows)
+
+
+def test_settings_that_were_changed_after_the_trainer_was_made_are_refused(make_model, rows, settings):
+    trainer = ZOTrainer(make_model(), settings(), train_dataset=rows)
+    trainer.args.max_grad_norm = 1.0
+    with pytest.raises(ConfigError, match="max_grad_norm"):
+        trainer.train()
 
 
 def test_losses_of_several_processes_are_averaged(make_model, rows, settings, monkeypatch):

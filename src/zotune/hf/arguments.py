@@ -32,6 +32,9 @@ def settle_arguments(given: Any, wanted: type[Arguments]) -> Arguments:
     known = {each.name for each in fields(wanted) if each.init}
     chosen = {name: value for name, value in _chosen(given).items() if name in known}
     made = wanted(**chosen)
+    for each in fields(given):  # of a script's own class
+        if not hasattr(made, each.name):
+            setattr(made, each.name, getattr(given, each.name))
     if not isinstance(given, ZOSettings):
         replaced = sorted(
             f"{name} {getattr(given, name)} -> {getattr(made, name)}"

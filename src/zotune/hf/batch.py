@@ -1,5 +1,7 @@
 """The loss of a whole batch, in its micro-batches: what the optimizer asks for at every point of a step."""
 
+import copy
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +41,7 @@ class WholeBatch:
         total = torch.zeros((), dtype=torch.float64, device=trainer.args.device)
         for micro in self.parts:
             with trainer.compute_loss_context_manager():
-                loss = trainer.compute_loss(self._model, dict(micro.inputs), num_items_in_batch=micro.items)
+                loss = trainer.compute_loss(self._model, _copied(micro.inputs), num_items_in_batch=micro.items)
             loss = torch.as_tensor(loss).detach().to(trainer.args.device, torch.float64)
             total = total + (loss if self._is_scaled(micro) else loss / micro.parts)
         if trainer.accelerator.num_processes > 1:
@@ -55,3 +57,8 @@ class WholeBatch:
             return bool(said)
         by_model = self._trainer.model_accepts_loss_kwargs and micro.items is not None
         return bool(by_model or self._trainer.compute_loss_func is not None)
+
+
+def _copied(inputs: Any) -> Any:
+    """Inputs that `compute_loss` may take entries out of; a collator may also have made a tuple or a list."""
+    return dict(inputs) if isinstance(inputs, Mapping) else copy.copy(inputs)

@@ -46,6 +46,7 @@ def build_optimizer(
     decayed: Collection[str],
     ledger: Ledger | None,
     options: dict[str, Any] | None = None,
+    cls: type[ZO] = ZO,
 ) -> ZO:
     """Make ZO over what the model trains.
 
@@ -55,10 +56,13 @@ def build_optimizer(
         decayed: names of the parameters that weight decay applies to.
         ledger: of the run.
         options: further arguments of ZO that win over the settings.
+        cls: ZO, or a class derived from it.
     """
+    options = dict(options or {})
+    decay = options.pop("weight_decay", arguments.weight_decay)  # of those that decay, where ZO's own is of all
     trained = [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
-    made = ZO(
-        _groups(trained, decayed, arguments.weight_decay),
+    made = cls(
+        _groups(trained, decayed, decay),
         **{
             "method": arguments.method,
             "method_options": arguments.method_options,
@@ -71,7 +75,7 @@ def build_optimizer(
             "low_precision": arguments.low_precision,
             "engine": _engine(arguments),
             "ledger": ledger,
-            **(options or {}),
+            **options,
         },
     )
     arguments.eps = float(made.param_groups[0]["eps"])

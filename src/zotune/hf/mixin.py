@@ -7,6 +7,7 @@ checkpoints and everything else of the loop stay as they are.
 """
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,9 +22,17 @@ from zotune.hf.building import build_optimizer, complete, describe_base, unwrapp
 from zotune.hf.card import complete_card
 from zotune.hf.ledgers import begin, go_back, lay_beside, ledger_path, read_record
 from zotune.hf.record import make_record, numbers_to_log
-from zotune.hf.refusals import refuse_data_parallel, refuse_first_order, refuse_folding, refuse_sharding
+from zotune.hf.refusals import (
+    refuse_data_parallel,
+    refuse_first_order,
+    refuse_folding,
+    refuse_half_a_checkpoint,
+    refuse_sharding,
+)
 from zotune.hf.settings import ZOSettings
 from zotune.optim.optimizer import ZO
+
+GIVEN = {"lr": "learning_rate", "eps": "eps"}  # options of ZO, and the names of their sources
 
 
 class ZOMixin:
@@ -115,9 +124,10 @@ class ZOMixin:
             model = self.model if model is None else model
             self._sources = complete(self.args, model)
             decayed = self.get_decay_parameter_names(model)  # type: ignore[attr-defined]
-            options = dict(self.optimizer_cls_and_kwargs[1]) if self.optimizer_cls_and_kwargs else {}
-            options.setdefault("smooth", self.smooth)
-            self.optimizer = build_optimizer(self.args, model, decayed, self._make_ledger(model), options)
+            cls, options = self.optimizer_cls_and_kwargs or (ZO, {})
+            self._sources |= {name: "given" for key, name in GIVEN.items() if key in options}
+            options = {"smooth": self.smooth, **options}
+            self.optimizer = build_optimizer(self.args, model, decayed, self._make_ledger(model), options, cls)
             refuse_folding(self.optimizer)
             self._tell()
         return self.optimizer
@@ -155,12 +165,14 @@ class ZOMixin:
         return output
 
     def _set_out(self, resume: str | bool | None) -> None:
+        refuse_first_order(self.args)  # again: attributes may have been set since
         self._micro = []  # of a run that was interrupted
         if self.best_is_back and self._own_optimizer:
             self.optimizer = None  # what it remembers belongs to other weights
         self.best_is_back = False
         path = ledger_path(self.args)
         folder = checkpoint_folder(resume, self.args.output_dir)
+        refuse_half_a_checkpoint(folder)
         fresh = self.optimizer is None or self.model_init is not None
         if not fresh and self.zo.ledger is not None:
             self.zo.ledger.close()
@@ -213,7 +225,7 @@ class ZOMixin:
     def _tokens_of(self, batch: WholeBatch) -> int:
         """Tokens of a batch, padding included, on all processes."""
         name = getattr(self.model, "main_input_name", "input_ids")
-        mains = [micro.inputs.get(name) for micro in batch.parts]
+        mains = [micro.inputs.get(name) for micro in batch.parts if isinstance(micro.inputs, Mapping)]
         count = sum(main.numel() for main in mains if isinstance(main, Tensor))
         if self.accelerator.num_processes > 1:
             count = self.accelerator.gather(torch.tensor([count], device=self.args.device)).sum()

@@ -28,7 +28,7 @@ def make_record(trainer: Any, zo: ZO, *, tokens: int, tokens_forwarded: int, sou
         "tokens": tokens,
         "tokens_forwarded": tokens_forwarded,
         "eps": float(group["eps"]),
-        "lr": args.learning_rate,
+        "lr": float(group.get("initial_lr", group["lr"])),  # a scheduler notes what it began with
         "lr_source": sources.get("learning_rate", "given"),
         "eps_source": sources.get("eps", "given"),
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from zotune.errors import ConfigError
@@ -98,4 +99,13 @@ def refuse_folding(optimizer: Any) -> None:
         raise ConfigError(
             f"fold_every={every} lets the model's own tensors lag behind between folds, and a trainer evaluates and saves "
             "them at any time. Use fold_every=0 here."
+        )
+
+
+def refuse_half_a_checkpoint(folder: Path | None) -> None:
+    """Raise a ConfigError if a run is to go on from a checkpoint of weights alone: it would draw its first noise again."""
+    if folder is not None and folder.is_dir() and not (folder / "optimizer.pt").is_file():
+        raise ConfigError(
+            f"{folder} holds no optimizer.pt, so no run can go on from it: save_only_model=True keeps the weights alone. Save "
+            "whole checkpoints, or load that folder as the model of a new run (with another seed, so that its noise is new)."
         )

@@ -100,9 +100,7 @@ class Folding:
         for slot in self.weights:
             if slot.late:
                 late.setdefault(slot.late, []).append(slot.site.name)
-        written = [
-            {"names": names, "late": [_written(term) for term in terms]} for terms, names in late.items()
-        ]
+        written = [{"names": names, "late": [_written(term) for term in terms]} for terms, names in late.items()]
         return [*self.pending.state_dict(), *written]
 
     def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:

@@ -29,7 +29,7 @@ from zotune.optim.parameters import (
 )
 from zotune.optim.patience import Patience
 from zotune.optim.querying import context_of
-from zotune.optim.saving import describe, refuse_lost_moves, take_up_tensors
+from zotune.optim.saving import NO_STATE, describe, parts_of_state, refuse_lost_moves, refuse_other_kind, take_up
 from zotune.rules import make_rule
 
 
@@ -110,9 +110,7 @@ class ZO(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "zo_step": 0,
             "zo_seed": whole("seed", seed),
-            "zo_method": {},
-            "zo_rule": {},
-            "zo_pending": [],
+            **NO_STATE,
             "zo_counts": {"updates": 0, "forwards": 0, "refused": 0},
         }
         super().__init__(groups, defaults)
@@ -270,28 +268,28 @@ class ZO(torch.optim.Optimizer):
 
         Pending moves are in it. With the module's own state of the same moment it resumes the run bit for bit.
         """
-        self.param_groups[0]["zo_method"] = self.method.state_dict()
-        self.param_groups[0]["zo_rule"] = self.rule.state_dict()
-        self.param_groups[0]["zo_pending"] = self.folding.state_dict()
+        self.param_groups[0] |= parts_of_state(self)
         state = super().state_dict()
         state["param_groups"][0]["zo_counts"] = dict(self._counts)  # these go on counting
         self._forget_states()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a state. Tensors keep their dtype (torch's own loading casts them to the parameter's)."""
+        """Take up a state. Tensors keep their dtype (torch's own loading casts them to the parameter's).
+
+        Raises:
+            ConfigError: it is of another method, rule, noise or dtype, of other tensors, or of no ZO.
+        """
+        refuse_other_kind(self, state_dict)
         refuse_lost_moves(state_dict, self.folding.every)
         super().load_state_dict(state_dict)
-        take_up_tensors(self, state_dict)
-        self.method.load_state_dict(self.param_groups[0]["zo_method"])
-        self.rule.load_state_dict(self.param_groups[0]["zo_rule"])
-        self.folding.load_state_dict(self.param_groups[0].get("zo_pending", []))
+        take_up(self, state_dict)
         self._forget_states()
         self._asked = None
 
     def _forget_states(self) -> None:
         """The groups only carry them into and out of files; kept there, a learned mean would be held twice."""
-        self.param_groups[0] |= {"zo_method": {}, "zo_rule": {}, "zo_pending": []}
+        self.param_groups[0] |= NO_STATE
 
     def __repr__(self) -> str:
         parts = f"{self.method}, {self.rule}, engine={self.engine.name!r}, seed={self.seed}, step={self.step_number}"
