@@ -140,6 +140,25 @@ def test_an_argument_that_is_as_long_as_the_copies_is_not_cut_up(shapes):
 # What begins later
 
 
+@pytest.fixture
+def eighth(monkeypatch):
+    """A later look before the 8th query, so that ten steps show it."""
+    monkeypatch.setattr("zotune.engines.layerwise.LOOKS", frozenset([8]))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_when_a_model_is_looked_at_anew(engine):
+    torch.manual_seed(0)
+    model = Net().double()
+    opt = ZO(model.named_parameters(), lr=0.0, eps=1e-3, engine=engine)
+    counts = []
+    for step in range(513):
+        opt.step(plain(model, step % 3))
+        counts.append(opt.engine.check_forwards)
+    assert [number for number in range(2, 514) if counts[number - 1] > counts[number - 2]] == [64, 512]
+    assert counts[63] - counts[62] <= counts[0]  # the loss is asked once first, but what hooks reach is not compared again
+
+
 def test_dropout_whose_rate_rises_later_is_the_same_for_both_points():
     def closure_at(model, step):
         model.body[1].p = 0.0 if step < 2 else 0.3
@@ -149,8 +168,9 @@ def test_dropout_whose_rate_rises_later_is_the_same_for_both_points():
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.usefixtures("eighth")
 def test_a_penalty_that_begins_later_is_found_and_said(engine):
-    """Looked at anew before the 8th query: from then on it sees the perturbation."""
+    """From the look on it sees the perturbation."""
 
     def closure_at(model, step):
         x, y = data(step)
@@ -187,6 +207,7 @@ class Sorted(nn.Module):
         return self.head(self.body(x, lengths))
 
 
+@pytest.mark.usefixtures("eighth")
 def test_a_body_that_begins_to_reorder_rows_is_found():
     def closure_at(model, step):
         x, y = data(step)
@@ -199,6 +220,7 @@ def test_a_body_that_begins_to_reorder_rows_is_found():
     assert "not batched" in opt.engine.reason
 
 
+@pytest.mark.usefixtures("eighth")
 def test_a_model_that_stays_as_it_is_stays_batched_and_is_not_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

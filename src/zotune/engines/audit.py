@@ -54,10 +54,17 @@ class ReadAudit(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Look at the inputs, then do what was asked."""
         kwargs = kwargs or {}
         if not self._paused:
-            for value in tree_iter((args, kwargs)):
+            for value in (*args, *kwargs.values()):
                 if isinstance(value, Tensor):
-                    self.read |= self.names.get(memory_of(value), set())
+                    self._note(value)
+                elif isinstance(value, list | tuple | dict):
+                    for inner in tree_iter(value):
+                        if isinstance(inner, Tensor):
+                            self._note(inner)
         return func(*args, **kwargs)
+
+    def _note(self, tensor: Tensor) -> None:
+        self.read |= self.names.get(memory_of(tensor), set())
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -38,8 +38,8 @@ from zotune.engines.query import AMISS, ask, ask_first
 from zotune.engines.swapping import COMPILED, Swapping
 from zotune.errors import EngineError, ZotuneError
 
-# Queries before which the model is looked at anew, some ten forwards each time: what a closure reads may change.
-LOOKS = frozenset(8**k for k in range(1, 12))
+# Queries before which the model is looked at anew, up to ten forwards each time: what a closure reads may change.
+LOOKS = frozenset(8**k for k in range(2, 12))
 Answer = TypeVar("Answer")
 
 
@@ -59,6 +59,7 @@ class Layerwise(Swapping):
         self._owners: set[str] | None = None  # names of what is owned; None: look again before the next query
         self._leaks: set[str] = set()
         self._unread: set[str] = set()
+        self._tried: set[str] = set()  # tensors that hooks reached, as in place, when that was last compared
         self._slope_checked = False
         self._waves = 0  # answered; see LOOKS
 
@@ -164,7 +165,8 @@ class Layerwise(Swapping):
             warnings.filterwarnings("ignore", message="Using .torch.compile", category=UserWarning)  # hooks fire twice
             ask_first(closure, self.weights, seed)
         self.check_forwards += 1
-        self._strange = False
+        if self._strange:
+            self._strange, self._tried = False, set()  # in other modes, modules may do other things with their tensors
         self._owners = {slot.site.name for _, slot in self._owned.values()}
         self._unread = set(self.weights.slots) - audit.read
         self.direct = (set(self.weights.slots) - self._owners) | self._leaks
@@ -199,7 +201,7 @@ class Layerwise(Swapping):
                 self._leaks |= leaks
                 self.direct |= leaks
             hooked -= leaks
-        if hooked:
+        if hooked != self._tried:
             self._try_hooks(hooked, point, closure, seed)
         self.reason = self._hookless or _say(len(hooked), sorted(self.direct), sorted(self._unread))
 
@@ -223,6 +225,8 @@ class Layerwise(Swapping):
             self._without_hooks(error, point, closure, seed)
         if self._hookless:
             self.direct, self._strange = set(self.weights.slots), False
+        else:
+            self._tried = hooked
 
     def _without_hooks(self, error: Exception, point: Direction, closure: Closure, seed: int) -> None:
         """The closure fails with other tensors in the place of parameters (it differentiates, say). Does it in place?
