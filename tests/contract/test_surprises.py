@@ -156,7 +156,9 @@ def test_when_a_model_is_looked_at_anew(engine):
         opt.step(plain(model, step % 3))
         counts.append(opt.engine.check_forwards)
     assert [number for number in range(2, 514) if counts[number - 1] > counts[number - 2]] == [64, 512]
-    assert counts[63] - counts[62] <= counts[0]  # the loss is asked once first, but what hooks reach is not compared again
+    assert (
+        counts[63] - counts[62] <= counts[0]
+    )  # the loss is asked once first, but what hooks reach is not compared again
 
 
 def test_dropout_whose_rate_rises_later_is_the_same_for_both_points():
