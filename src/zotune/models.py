@@ -39,7 +39,8 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, say: Say = silent
     elif (path / "adapter_config.json").is_file():
         model, tokenizer = _load_adapter(path, dtype, say)
     elif path.is_dir():
-        model, tokenizer = _load_folder(transformers, _model_folder(path), dtype)
+        # absolute: an adapter's files name its base model, and are read from other folders
+        model, tokenizer = _load_folder(transformers, _model_folder(path.resolve()), dtype)
     else:
         model, tokenizer = _load_pretrained(transformers, _hub_id(name), dtype)
     _settle(model, tokenizer)

@@ -31,6 +31,8 @@ def choose_device(name: str | None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"The device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise ConfigError("The device 'meta' holds no numbers, so nothing can be computed on it. Name cpu or cuda.")
     return device
 
 

@@ -1,6 +1,7 @@
 """`zotune compare`: every contestant on the same ground, resumed after a kill, refused before work."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -144,7 +145,7 @@ def test_a_contestant_that_breaks_off_does_not_end_the_others(compare, tmp_path)
     printed = compare(**{"with": "mezo@1e60,zero-shot"}, forwards=60)
     entries = entries_of(tmp_path / "compared")
     assert "lower" in entries["mezo (lr 1e+60)"]["failed"].lower()
-    assert "Use zero-shot" in " ".join(printed.split())
+    assert "Nothing was run to compare it with" in " ".join(printed.split())
     assert "broke off" in (tmp_path / "compared" / "comparison.md").read_text()
 
 
@@ -194,3 +195,65 @@ def test_no_global_generator_moves(compare):
     before = torch.get_rng_state()
     compare(**{"with": "mezo,adamw,probe"}, forwards=8)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_what_another_process_finished_meanwhile_is_kept(compare, tmp_path, monkeypatch):
+    """It began after this one had read the folder, and ended before this one took hold of it."""
+    from zotune.comparison import comparing
+
+    plain, out = comparing.load, tmp_path / "compared"
+
+    def slow(*args):
+        loaded = plain(*args)
+        if not (out / "comparison.json").exists():
+            monkeypatch.setattr(comparing, "load", plain)
+            compare(**{"with": "zero-shot,mezo"})
+        return loaded
+
+    monkeypatch.setattr(comparing, "load", slow)
+    compare(**{"with": "zero-shot,prior-corrected"})
+    assert set(entries_of(out)) == {"zero-shot", "mezo (lr 0.001)", "prior-corrected"}
+
+
+def test_other_rows_in_the_same_folder_are_refused(compare, tiny, tmp_path):
+    data = shutil.copytree(tiny[1], tmp_path / "rows")
+    compare(**{"with": "zero-shot", "data": data})
+    text = (data / "validation.jsonl").read_text()
+    (data / "validation.jsonl").write_text(text.replace('"label": 1', '"label": 0'))
+    with pytest.raises(DataError, match="on other rows"):
+        compare(**{"with": "zero-shot,mezo", "data": data})
+
+
+def test_options_that_no_contestant_has_are_refused(compare):
+    with pytest.raises(ConfigError, match="--method-option goes to the contestant that --method names, 'mezo'"):
+        compare(**{"with": "es", "method_option": "n=8"})
+    with pytest.raises(ConfigError, match="--mode-option goes to contestants"):
+        compare(**{"with": "mezo:lora", "mode_option": "r=2"})
+
+
+def test_options_of_another_method_are_other_settings(compare):
+    compare(**{"with": "es", "method": "es", "method_option": "n=2"})
+    with pytest.raises(ConfigError, match="method was 'es', now 'mezo'"):
+        compare(**{"with": "es,mezo", "method": "mezo", "method_option": "n=2"})
+
+
+def test_settings_of_single_runs_are_said_to_change_nothing(compare):
+    assert "compare takes no notice of --steps" in compare(**{"with": "zero-shot", "steps": 3})
+
+
+@pytest.mark.parametrize(("name", "message"), [("grzo", "loss for each example"), ("zo_finetuner", "trained networks")])
+def test_methods_that_cannot_run_are_refused_before_any_work(compare, tmp_path, name, message):
+    with pytest.raises(ConfigError, match=message):
+        compare(**{"with": f"{name},zero-shot"})
+    assert not (tmp_path / "compared").exists()
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "x"])
+def test_a_damaged_comparison(compare, tmp_path, text):
+    (tmp_path / "compared").mkdir()
+    (tmp_path / "compared" / "comparison.json").write_text(text)
+    if text == "{}":  # nothing in it
+        compare(**{"with": "zero-shot"})
+    else:
+        with pytest.raises(DataError, match=r"comparison\.json is damaged"):
+            compare(**{"with": "zero-shot"})

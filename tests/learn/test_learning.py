@@ -1,6 +1,7 @@
 """The run: what it leaves is used by training, resumes to the bit, covers every tensor, says how far it came."""
 
 import json
+import re
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ from tests.reference.zo_finetuner import as_module
 from tests.support.models import CASES
 
 from zotune.core.ledger import weights_hash
-from zotune.errors import ConfigError, FinetunerError
+from zotune.errors import ConfigError, DataError, FinetunerError
 from zotune.finetuner.folder import load_folder, save_folder
 from zotune.finetuner.importer import read_released
 from zotune.finetuner.names import assign
@@ -22,6 +23,7 @@ from zotune.learn.learning import learn
 from zotune.learn.start import equal_start
 from zotune.models import load_model
 from zotune.optim.optimizer import ZO
+from zotune.runs.alone import alone_in
 from zotune.runs.job import Listener
 
 VARIANTS = pytest.mark.parametrize("variant", ["paper", "corrected"])
@@ -283,3 +285,38 @@ def test_command_says_the_cost_and_the_distance(command, settings, tmp_path):
     assert "--method zo_finetuner" in printed
     with pytest.raises(ConfigError, match="clip must be of type float, or none; got 'much'"):
         command(*words, "--clip", "much")
+
+
+@pytest.mark.parametrize("mode", ["head", "prompt", "prefix"])
+def test_modes_of_few_tensors_end_in_a_folder(settings, tmp_path, mode):
+    """One network: torch lets the stride of a single number be anything. A prefix: no checkpoints, which read it twice."""
+    options = {} if mode == "head" else {"tokens": 2}
+    learn(settings(mode=mode, mode_options=options, tasks="sst2", epochs=2, epochs_per_restart=1))
+    networks, _ = load_folder(tmp_path / "learned")
+    assert len(networks.names) >= 1
+
+
+def test_one_process_at_a_time(settings, tmp_path):
+    with alone_in(tmp_path / "learned.learning"), pytest.raises(ConfigError, match="Another process is at work"):
+        learn(settings())
+    learn(settings())
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("learn.json", b"x"), ("learn.json", b"[]"), ("snapshot.pt", b""), ("snapshot.pt", b"PK\x03\x04")],
+)
+def test_damaged_files_of_a_run_are_named(settings, tmp_path, name, content):
+    with pytest.raises(Killed):
+        learn(settings(), Kill(4))
+    (tmp_path / "learned.learning" / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{re.escape(name)} is damaged"):
+        learn(settings())
+
+
+def test_damaged_weights_for_restarts_are_named(settings, tmp_path):
+    with pytest.raises(Killed):
+        learn(settings(), Kill(4))
+    (tmp_path / "learned.learning" / "start.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(DataError, match=r"start\.safetensors cannot be read"):
+        learn(settings())

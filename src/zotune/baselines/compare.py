@@ -83,6 +83,9 @@ def verdict(rows: Sequence[Row]) -> str:
         raise DataError("there are no rows to compare; at least one is needed.")
     if len({len(row.correct) for row in rows if row.correct is not None}) > 1:
         raise DataError("the rows were evaluated on different numbers of held-out examples, so they do not compare.")
+    if len(rows) == 1:
+        (row,) = rows
+        return f"{row.what}: {row.metric} {_share(row)} after {_forwards(row)}. Nothing was run to compare it with."
     best = max(rows, key=lambda row: row.accuracy)
     good = [row for row in rows if best.accuracy - row.accuracy <= CLEAR * _error_of_difference(best, row)]
     pick = min(good, key=lambda row: (row.forwards, _memory(row), -row.accuracy))

@@ -1,5 +1,7 @@
 """The commands. Heavy libraries are imported inside them, so that `--help` answers at once."""
 
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,8 +10,9 @@ import typer
 from zotune.cli.compare import compare
 from zotune.cli.finetuner import import_finetuner
 from zotune.cli.learn import learn
-from zotune.cli.settings import with_settings
-from zotune.runs.config import load_config
+from zotune.cli.settings import say_unused, with_settings
+from zotune.errors import ConfigError
+from zotune.runs.config import TrainConfig, load_config
 
 app = typer.Typer(
     name="zotune",
@@ -33,8 +36,15 @@ def train(recipe: Path | None, given: dict[str, Any]) -> None:
     show_results(results, Path(config.out))
 
 
+# How a run trains and where it is kept; `evaluate` does neither.
+OF_TRAINING = (
+    "out", "mode", "mode_options", "method", "method_options", "rule", "rule_options", "steps", "lr", "eps", "weight_decay",
+    "schedule", "eval_every", "snapshot_every", "seed", "fold_every", "low_precision", "engine", "noise",
+)  # fmt: skip
+
+
 @app.command()
-@with_settings
+@partial(with_settings, hidden=set(OF_TRAINING) - {"out"})
 def evaluate(
     recipe: Path | None,
     given: dict[str, Any],
@@ -52,16 +62,24 @@ def evaluate(
 
         evaluate_with_harness(recipe, given, harness, shots=demonstrations or None, limit=limit)
         return
+    if limit is not None:
+        raise ConfigError("--limit goes with --harness. Here --eval-rows says how many held-out rows are asked.")
+    say_unused("evaluate", given, OF_TRAINING)
     config = load_config(recipe, given)
+    config = replace(
+        config, **{f.name: getattr(TrainConfig(), f.name) for f in fields(config) if f.name in OF_TRAINING}
+    )
     from zotune.cli.display import Display, show_evaluation
     from zotune.runs.asking import ask
     from zotune.runs.job import prepare
-    from zotune.runs.run_folder import RunFolder, trained_on
-    from zotune.tasks.catalogue import find_task
+    from zotune.runs.run_folder import RunFolder, trained_folder, trained_on
+    from zotune.tasks.catalogue import TASKS, find_task
     from zotune.tasks.task import refuse_overlap
 
-    if (other := trained_on(config.model)) is not None:
-        refuse_overlap(find_task(other), find_task(config.task))
+    config = replace(config, model=trained_folder(config.model))
+    # of zotune's own tasks alone: to know another, a file that a downloaded folder names would have to be run
+    if (other := TASKS.get(trained_on(config.model) or "")) is not None:
+        refuse_overlap(other, find_task(config.task))
     with Display(0) as display:
         job = prepare(config, RunFolder(config.out), display)
         rows = ask(job, display, demonstrations=demonstrations, calibrate=calibrate)

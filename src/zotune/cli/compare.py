@@ -1,15 +1,18 @@
 """`zotune compare`: ways of doing a task in one table."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from zotune.cli.settings import with_settings
+from zotune.cli.settings import say_unused, with_settings
 from zotune.runs.config import load_config
 
+UNUSED = ("steps", "eval_every", "snapshot_every")  # --forwards says how long
 
-@with_settings
+
+@partial(with_settings, hidden=UNUSED)
 def compare(
     recipe: Path | None,
     given: dict[str, Any],
@@ -26,6 +29,7 @@ def compare(
     demonstrations: Annotated[int, typer.Option(help="Solved rows before each question of in-context.")] = 8,
 ) -> None:
     """Zeroth-order methods beside zero-shot, in-context, a probe and AdamW: same rows, same budget. Resumes when killed."""
+    say_unused("compare", given, UNUSED)
     config = load_config(recipe, given)
     from zotune.baselines import comparison_table
     from zotune.cli.comparison_display import ComparisonDisplay

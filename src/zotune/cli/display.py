@@ -1,5 +1,6 @@
 """What people see: the plan, a progress bar, tables."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -119,6 +120,16 @@ def show_results(results: dict[str, Any], folder: Path) -> None:
     console.print(table)
     if results["prior_corrected"] is not None:
         console.print(PRIOR_CORRECTED, highlight=False, soft_wrap=True)
+    if refused := results["refused_steps"]:
+        console.print(
+            f"{refused:,} of {results['steps']:,} steps were refused: their losses were not finite. Lower lr or eps.",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    if not math.isfinite(results["after"]["loss"]):
+        console.print(
+            "The trained model's loss is no number: it is broken, and its accuracy means nothing.", style="bold red",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     console.print(f"Run folder: {folder}  (curves.png, ledger.jsonl, model/)", highlight=False, soft_wrap=True)
 
 

@@ -48,12 +48,6 @@ def evaluate_with_harness(
         console.print(f"Results: {folder / RESULTS}", highlight=False, soft_wrap=True)
 
 
-def trained_folder(model: str) -> str:
-    """The model inside a run folder, if that is what was named."""
-    inside = Path(model) / "model"
-    return str(inside) if (Path(model) / "run.json").is_file() and inside.is_dir() else model
-
-
 def _ask(config: TrainConfig, tasks: list[str], shots: int | None, limit: int | None) -> dict[str, Any]:
     from zotune.evaluation.harness import PURPOSE, evaluate_harness
     from zotune.extras import require
@@ -62,7 +56,7 @@ def _ask(config: TrainConfig, tasks: list[str], shots: int | None, limit: int | 
     from zotune.cli.display import Display
     from zotune.models import load_any
     from zotune.precision import choose_device, choose_precision
-    from zotune.runs.run_folder import trained_on
+    from zotune.runs.run_folder import trained_folder, trained_on
 
     device, name = choose_device(config.device), trained_folder(config.model)
     precision = choose_precision(config.precision, device)

@@ -5,10 +5,10 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from zotune.errors import ConfigError
 from zotune.learn.config import LearnConfig
+from zotune.runs.config import read_pair
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,7 +35,7 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
     held = {key: value for key, value in given.items() if value not in (None, [])}
     for key, flag in _OPTIONS.items():
         if key in held:
-            held[key] = dict(_pair(flag, text) for text in held[key])
+            held[key] = dict(read_pair(flag, text) for text in held[key])
     for key, kind in _numbers_or_none().items():
         if key in held:
             held[key] = None if held[key] in _NONE else _number(key, held[key], kind)
@@ -56,13 +56,6 @@ def _number(key: str, text: str, kind: Any) -> Any:
         return kind(text)
     except ValueError as error:
         raise ConfigError(f"{key} must be of type {kind.__name__}, or none; got {text!r}.") from error
-
-
-def _pair(flag: str, text: str) -> tuple[str, Any]:
-    key, separator, value = text.partition("=")
-    if not separator:
-        raise ConfigError(f"{flag} takes name=value, got {text!r}.")
-    return key.strip(), yaml.safe_load(value)
 
 
 def _plain(kind: Any) -> str:

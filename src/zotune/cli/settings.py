@@ -1,16 +1,14 @@
 """Options of a command, made from the fields of `TrainConfig`, so that settings are declared once."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
-from zotune.errors import ConfigError
-from zotune.runs.config import TrainConfig
+from zotune.runs.config import TrainConfig, read_pair
 
 OPTIONS = {  # given as name=value, several times
     "mode_options": "--mode-option",
@@ -19,10 +17,11 @@ OPTIONS = {  # given as name=value, several times
 }
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+def with_settings(command: Callable[..., None], hidden: Collection[str] = ()) -> Callable[..., None]:
     """Give a command one option per field of `TrainConfig`, so that settings are declared once.
 
     The command gets the recipe, a dict of the settings that were given, and its further parameters as its own options.
+    Hidden ones are taken, so that a training command can be turned into another, and not shown in the help.
     """
 
     own = list(inspect.signature(command).parameters.values())[2:]
@@ -31,7 +30,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         others = {parameter.name: options.pop(parameter.name) for parameter in own}
         given = {key: value for key, value in options.items() if value not in (None, [])}
         for key in OPTIONS.keys() & given.keys():
-            given[key] = dict(_pair(OPTIONS[key], text) for text in given[key])
+            given[key] = dict(read_pair(OPTIONS[key], text) for text in given[key])
         command(recipe, given, **others)
 
     parameters = [
@@ -45,9 +44,11 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     for setting in fields(TrainConfig):
         kind: Any = {"int": int, "float": float}.get(_plain(setting.type), str)
         several = setting.name in OPTIONS
-        flag, kind = (OPTIONS[setting.name], list[str]) if several else (_flag(setting.name), kind)
+        flag, kind = flag_of(setting.name), list[str] if several else kind
         default = "" if several or setting.default is None else f" [default: {setting.default}]"
-        option = typer.Option(flag, help=setting.metadata["help"] + default, show_default=False)
+        option = typer.Option(
+            flag, help=setting.metadata["help"] + default, show_default=False, hidden=setting.name in hidden
+        )
         parameters.append(
             inspect.Parameter(
                 setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
@@ -65,12 +66,12 @@ def _plain(kind: Any) -> str:
     return (kind.__name__ if isinstance(kind, type) else str(kind)).replace(" | None", "")
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def flag_of(name: str) -> str:
+    """The option that gives a setting."""
+    return OPTIONS.get(name, "--" + name.replace("_", "-"))
 
 
-def _pair(flag: str, text: str) -> tuple[str, Any]:
-    key, separator, value = text.partition("=")
-    if not separator:
-        raise ConfigError(f"{flag} takes name=value, got {text!r}.")
-    return key.strip(), yaml.safe_load(value)
+def say_unused(command: str, given: Collection[str], unused: Collection[str]) -> None:
+    """Say which of the settings that were given change nothing."""
+    if idle := [flag_of(name) for name in given if name in unused]:
+        typer.echo(f"{command} takes no notice of {', '.join(idle)}.", err=True)

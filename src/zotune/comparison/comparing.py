@@ -24,12 +24,12 @@ from zotune.extras import require
 from zotune.runs.alone import alone_in
 from zotune.runs.config import TrainConfig
 from zotune.runs.job import Job, load, make_optimizer
-from zotune.runs.run_folder import RunFolder, read_json, write_json
+from zotune.runs.run_folder import ROWS, RunFolder, is_unused, read_json, write_json
 from zotune.tasks.scoring import OptionScorer
 from zotune.version import __version__
 
-IRRELEVANT = ("out", "method", "steps", "eval_every", "snapshot_every")
-"""Settings that change no row: each contestant has its own method and steps."""
+IRRELEVANT = ("out", "steps", "eval_every", "snapshot_every")
+"""Settings that change no row: each contestant has its own steps (and method: it only says whose the options are)."""
 
 
 def compare(
@@ -68,15 +68,18 @@ def compare(
     if left:
         ground = Ground(config, load(config, task, listener))
         steps = {contestant.label: _rehearse(ground, contestant, forwards, demonstrations) for contestant in left}
-        with store.claimed():
+        with store.claimed(ground.loaded.digest):
             for contestant in left:
+                if contestant.label in store.entries:  # another process has finished it meanwhile
+                    continue
                 listener.contestant(contestant.label, steps[contestant.label])
                 entry = _run(ground, contestant, steps[contestant.label], demonstrations, store, listener)
                 store.add(entry)
                 listener.finished(entry)
-    entries = [store.entries[contestant.label] for contestant in wanted]
-    _report(entries, config, forwards)
-    return entries
+            _report([store.entries[contestant.label] for contestant in wanted], config, forwards)
+    else:
+        _report([store.entries[contestant.label] for contestant in wanted], config, forwards)
+    return [store.entries[contestant.label] for contestant in wanted]
 
 
 def rows_of(entries: Sequence[Entry]) -> list[Row]:
@@ -176,8 +179,18 @@ class Store:
         self.folder, self.settings = folder, settings
         self.path = folder / "comparison.json"
         self.entries: dict[str, Entry] = {}
+        self._read()
+
+    def _read(self) -> None:
         if self.path.is_file():
-            before = read_json(self.path)
+            before = {"settings": {}, "contestants": [], **read_json(self.path)}
+            rows = before["settings"].get(ROWS)
+            if before["contestants"] and self.settings.get(ROWS, rows) != rows and rows is not None:
+                raise DataError(
+                    f"{self.folder} holds a comparison on other rows: the data or the task has changed since. Put the rows "
+                    "back, or name another folder with --out."
+                )
+            settings, folder = {key: value for key, value in self.settings.items() if key != ROWS}, self.folder
             changed = [key for key in settings if before["settings"].get(key) != settings[key]]
             if changed and before["contestants"]:
                 changes = "; ".join(
@@ -188,13 +201,20 @@ class Store:
                     "give the same settings to go on with it; other contestants may be added."
                 )
             self.entries = {entry["what"]: entry for entry in before["contestants"]}
-        elif folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"{folder} is not empty and holds no comparison. Name another folder with --out.")
+        elif self.folder.is_dir() and not is_unused(self.folder):
+            raise ConfigError(f"{self.folder} is not empty and holds no comparison. Name another folder with --out.")
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Make the folder, and hold it: a ConfigError if another process is at work here."""
+    def claimed(self, rows: str) -> Iterator[None]:
+        """Make the folder, and hold it, for these rows; what other processes did meanwhile is read again.
+
+        Raises:
+            ConfigError: another process is at work here, or began a comparison with other settings.
+            DataError: what is there was compared on other rows.
+        """
         with alone_in(self.folder):
+            self.settings = {**self.settings, ROWS: rows}
+            self._read()
             self._write()
             yield
 
@@ -210,7 +230,8 @@ class Store:
 
 
 def _settings(config: TrainConfig, forwards: float, demonstrations: int) -> dict[str, Any]:
-    shared = {key: value for key, value in config.as_dict().items() if key not in IRRELEVANT}
+    passed = IRRELEVANT if config.method_options else (*IRRELEVANT, "method")
+    shared = {key: value for key, value in config.as_dict().items() if key not in passed}
     # as JSON has them: keys are text there, tuples are lists
     return cast(
         dict[str, Any], json.loads(json.dumps({**shared, "forwards": forwards, "demonstrations": demonstrations}))

@@ -12,7 +12,7 @@ from zotune.evaluation.evaluate import Evaluation
 from zotune.methods import METHODS, make_method
 from zotune.rules import make_rule
 from zotune.runs.config import TrainConfig
-from zotune.runs.job import Job, Listener, Loaded, method_options, seat
+from zotune.runs.job import Job, Listener, Loaded, method_options, refuse_examples, seat
 from zotune.runs.run_folder import RunFolder
 from zotune.tasks.catalogue import find_task
 from zotune.tasks.objectives import OBJECTIVES, check_objective
@@ -95,6 +95,7 @@ def parse(texts: Sequence[str], config: TrainConfig, task: Task) -> list[Contest
     labels = [contestant.label for contestant in found]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ConfigError(f"{twice[0]} is named twice; name every contestant once.")
+    _refuse_lost_options(found, config)
     objective = config.objective or task.default_objective
     check_objective(objective, task, config.reward)
     make_rule(config.rule, config.rule_options)
@@ -103,8 +104,23 @@ def parse(texts: Sequence[str], config: TrainConfig, task: Task) -> list[Contest
         settings = contestant.settings(config, config.steps)
         make_mode(settings.mode, settings.mode_options)
         if contestant.name in METHODS:
-            make_method(contestant.name, method_options(settings))
+            refuse_examples(make_method(contestant.name, method_options(settings)))
     return found
+
+
+def _refuse_lost_options(found: Sequence[Contestant], config: TrainConfig) -> None:
+    """Options of a method, or of a mode, that no contestant has."""
+    trained = [contestant for contestant in found if contestant.lr is not None]
+    if config.method_options and config.method not in {contestant.name for contestant in trained}:
+        raise ConfigError(
+            f"--method-option goes to the contestant that --method names, {config.method!r}, and it is not among them. Give "
+            "--method as well, or leave the options out."
+        )
+    if config.mode_options and config.mode not in {contestant.mode for contestant in trained}:
+        raise ConfigError(
+            f"--mode-option goes to contestants in the mode that --mode names, {config.mode!r}, and there is none. Give --mode "
+            "as well, or leave the options out."
+        )
 
 
 def _parse(text: str, config: TrainConfig) -> Contestant:

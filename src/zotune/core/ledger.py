@@ -244,8 +244,15 @@ def weights_hash(named: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's numbers in row-major order, as bytes."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    # torch lets the stride of a single number be anything
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data
 
 
 def _writable(value: float) -> float | str:

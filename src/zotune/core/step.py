@@ -48,6 +48,10 @@ class Method(Protocol):
         """Bytes kept between steps when these sites are trained."""
         ...
 
+    def check_sites(self, sites: Sequence[Site]) -> None:
+        """Raise a ConfigError if these sites cannot be trained: asked by runs, before anything is evaluated or written."""
+        ...
+
     def estimate(self, ctx: Context) -> Estimate:
         """The gradient estimate of one step."""
         ...

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zotune.core.ledger import bytes_of
 from zotune.core.noise import stream
 from zotune.core.site import site_id
 from zotune.errors import FinetunerError
@@ -72,7 +73,7 @@ class Networks:
         """Names and bits of the networks in 16 hex digits."""
         made = hashlib.sha256(json.dumps([self.names, str(self.w1.dtype)]).encode())
         for array in self.arrays.values():
-            made.update(array.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+            made.update(bytes_of(array))
         return made.hexdigest()[:16]
 
     def sigma(self, features: Tensor, index: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:

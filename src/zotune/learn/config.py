@@ -32,7 +32,7 @@ class LearnConfig:
     train_rows: int = setting(300, "Training rows of each task; 0 for all.")
     lr_llm: float = setting(1e-2, "Learning rate of the model along its trajectory (SGD, falling to 0).")
     momentum: float = setting(0.8, "Of the trajectory.")
-    clip: float | None = setting(1.0, "Largest norm of the trajectory's gradient; inf for no limit.")
+    clip: float | None = setting(1.0, "Largest norm of the trajectory's gradient; none for no limit.")
     lr_mlp: float | None = setting(None, "Learning rate of the networks. Default: 0.1 (paper), 0.001 (corrected).")
     lr_update: float = setting(1e-6, "Length of the zeroth-order step that is judged; corrected: give the tuned one.")
     eps: float = setting(1e-3, "Perturbation scale of the probes.")
@@ -75,7 +75,7 @@ class LearnConfig:
             ("train_rows", lambda v: v >= 0, "at least 0 (all)"),
             ("lr_llm", lambda v: v >= 0, "at least 0"),
             ("momentum", lambda v: 0 <= v < 1, "of [0, 1)"),
-            ("clip", lambda v: v > 0, "positive, or inf"),
+            ("clip", lambda v: v > 0, "positive, or none for no limit"),
             ("lr_mlp", lambda v: v >= 0, "at least 0"),
             ("lr_update", lambda v: v > 0, "positive: a step of length 0 teaches nothing"),
             ("eps", lambda v: v > 0, "positive"),

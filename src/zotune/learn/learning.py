@@ -10,13 +10,14 @@ history.jsonl      one line a visit
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zotune.errors import ConfigError
+from zotune.errors import ConfigError, DataError
 from zotune.finetuner.folder import load_folder, save_folder
 from zotune.finetuner.names import assign
 from zotune.finetuner.networks import NUMBERS, from_flat
@@ -27,8 +28,9 @@ from zotune.learn.ground import Ground, prepare
 from zotune.learn.learner import Learner
 from zotune.learn.start import learned, profile
 from zotune.learn.trajectory import file_start
+from zotune.runs.alone import alone_in
 from zotune.runs.job import Listener
-from zotune.runs.run_folder import write_json
+from zotune.runs.run_folder import read_json, write_json
 
 FORWARDS = 2 + 3 + 3  # of a visit: two probes, and twice forward and backward (a backward pass is worth two forwards)
 
@@ -49,14 +51,16 @@ def learn(config: LearnConfig, listener: Listener | None = None) -> dict[str, An
     window = ground.rounds_per_epoch * config.epochs_per_restart * len(ground.jobs)
     learner = Learner(ground.model, ground.named, config, window)
     listener.plan(plan(ground, learner))
-    history = folder.begin(learner, restarts=config.epochs > config.epochs_per_restart)
-    if history:
-        listener.say(f"resuming at visit {len(history)}")
-    _visits(ground, learner, history, folder, listener)
-    facts = _facts(ground, learner, history)
-    text = "".join(json.dumps(line) + "\n" for line in history)
-    save_folder(config.out, learner.networks, facts, {"history.jsonl": text})
-    shutil.rmtree(folder.path)
+    with alone_in(folder.path):
+        folder.check()  # what another process may have begun meanwhile
+        history = folder.begin(learner, restarts=config.epochs > config.epochs_per_restart)
+        if history:
+            listener.say(f"resuming at visit {len(history)}")
+        _visits(ground, learner, history, folder, listener)
+        facts = _facts(ground, learner, history)
+        text = "".join(json.dumps(line) + "\n" for line in history)
+        save_folder(config.out, learner.networks, facts, {"history.jsonl": text})
+        shutil.rmtree(folder.path)
     return facts
 
 
@@ -143,7 +147,7 @@ class _Folder:
         """Raise a ConfigError if another run is under way here."""
         if not self._settings.is_file():
             return
-        before = json.loads(self._settings.read_text(encoding="utf-8"))
+        before = read_json(self._settings)
         changed = [key for key in self._asked if before.get(key) != self._asked[key]]
         if changed:
             changes = "; ".join(f"{key} was {before.get(key)!r}, now {self._asked[key]!r}" for key in changed)
@@ -153,14 +157,22 @@ class _Folder:
             )
 
     def begin(self, learner: Learner, restarts: bool) -> list[dict[str, Any]]:
-        """Make the folder, or take up the snapshot in it; returns the history so far."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Begin, or take up the snapshot; returns the history so far.
+
+        Raises:
+            DataError: the snapshot is damaged.
+        """
         if restarts and not self.start.is_file():
             file_start(learner.opt.weights, self.start)
         write_json(self._settings, self._asked)
         if not self._snapshot.is_file():
             return []
-        state = torch.load(self._snapshot, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(self._snapshot, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise DataError(
+                f"{self._snapshot} is damaged ({error}). Remove it to begin again at the first visit."
+            ) from error
         with torch.no_grad():
             for name, slot in learner.opt.weights.slots.items():
                 slot.tensor.copy_(state["weights"][name])

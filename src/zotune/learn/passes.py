@@ -118,10 +118,11 @@ def graph_mode(model: Any, *, dropout: bool, checkpointing: bool) -> Iterator[No
     """Dropout on or off, layers checkpointed if wanted; each module's own mode back afterwards.
 
     Transformers checkpoint in train mode alone, so that is the mode without dropout too, if the model has none; if it has,
-    passes without dropout keep their activations.
+    passes without dropout keep their activations. So do all with a prefix: layers that run again would read its keys twice.
     """
     train = dropout or not has_dropout(model)
-    checkpointing = checkpointing and train
+    prefix = "PREFIX" in str(getattr(getattr(model, "active_peft_config", None), "peft_type", ""))
+    checkpointing = checkpointing and train and not prefix
     modes = [(module, module.training) for module in model.modules()]
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # transformers renamed it
     if checkpointing:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zotune.core.site import Site
 from zotune.core.weights import Slot, Weights
+from zotune.errors import DataError
 from zotune.extras import require
 from zotune.learn.passes import Backward, along, energy, run
 
@@ -70,10 +71,17 @@ class Trajectory:
         """Back to the base model's weights, momentum forgotten, schedule anew."""
         read = require("safetensors", extra="hf", purpose="read the base model's weights").safe_open
         self.buffers, self.done = {}, 0
-        with read(start, framework="pt") as held, torch.no_grad():
-            for slot in self.weights:
-                slot.tensor.copy_(held.get_tensor(slot.site.name))
-                slot.carried = None
+        try:
+            with read(start, framework="pt") as held, torch.no_grad():
+                for slot in self.weights:
+                    slot.tensor.copy_(held.get_tensor(slot.site.name))
+                    slot.carried = None
+        except (
+            Exception
+        ) as error:  # the library has an error of its own for a damaged file, and others for a missing one
+            raise DataError(
+                f"{start} cannot be read ({error}). Delete its folder, and begin again: the run restarts from these weights."
+            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Momentum and place in the window."""

@@ -44,6 +44,9 @@ class Base(Options):
         """See `Method.extra_bytes`."""
         return 0
 
+    def check_sites(self, sites: Sequence[Site]) -> None:
+        """See `Method.check_sites`."""
+
     def observe(self, ctx: Context, estimate: Estimate) -> None:
         """See `Method.observe`."""
 

@@ -97,6 +97,11 @@ class ZOFineTuner(Base):
         rho = (plus - minus) / (2 * eps)
         return Estimate(rho * v, (plus + minus) / 2, {"rho": rho, **info})
 
+    def check_sites(self, sites: Sequence[Site]) -> None:
+        """Every tensor must find its network."""
+        if self.networks != "constant":
+            self._bind(sites)
+
     def observe(self, ctx: Context, estimate: Estimate) -> None:
         """Remember what the networks read in the next step: the sigmas without nf, and the losses in the order +, -."""
         if self._asked is not None:

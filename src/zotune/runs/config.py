@@ -103,6 +103,8 @@ class TrainConfig:
             wrong.append(f"weight_decay must be at least 0 and finite, got {self.weight_decay}")
         if self.fold_every < 0:
             wrong.append(f"fold_every must be at least 0, got {self.fold_every}")
+        if not 0 <= self.data_seed < 2**32:
+            wrong.append(f"data_seed must be from 0 to 2**32 - 1, as numpy's generators take it; got {self.data_seed}")
         if self.max_length < 8:
             wrong.append(f"max_length must be at least 8 tokens, got {self.max_length}")
         if wrong:
@@ -122,13 +124,13 @@ def load_config(recipe: Path | None, overrides: Mapping[str, Any]) -> TrainConfi
     values: dict[str, Any] = {}
     if recipe is not None:
         values.update(_read_yaml(recipe))
-    for key, value in overrides.items():
-        if key.endswith("_options"):
-            values[key] = {**values.get(key, {}), **value}
-        else:
-            values[key] = value
     known = {f.name: f for f in fields(TrainConfig)}
     where = f" in {recipe}" if recipe is not None else ""
+    for key, value in overrides.items():
+        if key.endswith("_options"):
+            values[key] = {**_typed(key, values.get(key), "dict", where), **value}
+        else:
+            values[key] = value
     for key in values:
         if key not in known:
             raise ConfigError(f"Unknown setting {key!r}{where}.{_nearest(str(key), known)} Known: {', '.join(known)}.")
@@ -145,7 +147,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"No recipe at {path}. A recipe is a YAML file of settings; see recipes/demo.yaml.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold settings as `name: value`, got {type(values).__name__}.")
@@ -160,14 +162,29 @@ def _typed(key: str, value: Any, kind: Any, where: str) -> Any:
     name = next(n for n in ("dict", "float", "int", "str") if n in _name(kind))
     try:
         if name == "dict":
-            return dict(value)
+            return {} if value is None else {str(key): option for key, option in value.items()}
         if isinstance(value, bool) or (name == "int" and int(value) != float(value)):
             raise ValueError
         if name == "str" and not isinstance(value, str):
             raise ValueError
         return wanted[name](value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
         raise ConfigError(f"{key}{where} must be of type {_name(kind)}, got {value!r}.") from error
+
+
+def read_pair(flag: str, text: str) -> tuple[str, Any]:
+    """An option given as name=value, the value as YAML reads it.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(f"{flag} takes name=value, got {text!r}.")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{flag} takes name=value with a number, a word or a quoted text, got {text!r}.") from error
 
 
 def _name(kind: Any) -> str:

@@ -1,5 +1,6 @@
 """A job: everything that a run works with, loaded and checked before any work starts."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 from zotune.core.ledger import Ledger, weights_hash
 from zotune.core.options import options_of
 from zotune.core.site import canonical_name
+from zotune.core.step import Method
 from zotune.errors import ConfigError
 from zotune.evaluation.assess import Assessor
 from zotune.masked import MaskedScorer, encode_all_masked, find_masked_template
@@ -69,6 +71,7 @@ class Job:
     precision: Precision
     folder: RunFolder
     mode: Mode
+    digest: str  # of the rows, as the task makes questions of them
 
     @property
     def scorer(self) -> Any:
@@ -101,15 +104,17 @@ class Loaded:
     precision: Precision
     device: torch.device
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the questions and answers, in words: rows and template alike."""
+        made = [make_examples(self.task, part, where=where) for part, where in zip(self.rows, SPLITS, strict=True)]
+        return hashlib.sha256(repr(made).encode("utf-8", "surrogatepass")).hexdigest()
+
 
 def prepare(config: TrainConfig, folder: RunFolder, listener: Listener) -> Job:
     """Load and check the task's rows and the model."""
     method = make_method(config.method, method_options(config))  # wrong options are found before the model is loaded
-    if "examples" in method.needs:
-        raise ConfigError(
-            f"method {config.method!r} needs a loss for each example, and the objectives of a run give one for the batch. Use "
-            "zotune.ZO with a closure of your own, or another method."
-        )
+    refuse_examples(method)
     rule = make_rule(config.rule, config.rule_options)
     check_folding(config.fold_every, method, rule, [{"weight_decay": config.weight_decay}])
     make_mode(config.mode, config.mode_options)
@@ -117,6 +122,15 @@ def prepare(config: TrainConfig, folder: RunFolder, listener: Listener) -> Job:
     check_objective(config.objective or task.default_objective, task, config.reward)
     loaded = load(config, task, listener)
     return seat(loaded, loaded.model, config, folder, listener)
+
+
+def refuse_examples(method: Method) -> None:
+    """Raise a ConfigError for a method that a run cannot serve."""
+    if "examples" in method.needs:
+        raise ConfigError(
+            f"method {method.name!r} needs a loss for each example, and the objectives of a run give one for the batch. Use "
+            "zotune.ZO with a closure of your own, or another method."
+        )
 
 
 def load(config: TrainConfig, task: Task, listener: Listener) -> Loaded:
@@ -146,7 +160,20 @@ def seat(loaded: Loaded, model: Any, config: TrainConfig, folder: RunFolder, lis
     objective = make_objective(config.objective, task, scorer, generator, config.reward)
     reward = find_reward(task, config.reward) if task.reward or config.reward else None
     assessor = Assessor(task, scorer, generator, reward, 2 * config.batch_size)
-    return Job(config, task, model, tokenizer, objective, assessor, encoded[0], encoded[1], precision, folder, mode)
+    return Job(
+        config,
+        task,
+        model,
+        tokenizer,
+        objective,
+        assessor,
+        encoded[0],
+        encoded[1],
+        precision,
+        folder,
+        mode,
+        loaded.digest,
+    )
 
 
 def draw_rows(config: TrainConfig, task: Task, listener: Listener) -> tuple[Rows, Rows]:
@@ -192,14 +219,18 @@ FAMILIES: dict[str, Any] = {"causal": _causal, "masked": _masked}
 
 
 def make_optimizer(job: Job) -> ZO:
-    """The optimizer of a run, with its ledger."""
+    """The optimizer of a run, with its ledger.
+
+    Raises:
+        ConfigError: the method cannot train these tensors.
+    """
     config = job.config
     named = [(canonical_name(name), tensor) for name, tensor in job.model.named_parameters()]
     eps = job.mode.eps if config.eps is None else config.eps
     engine = config.engine
     if engine == "auto" and job.objective.generates:
         engine = "in_place"  # an answer takes many forwards: perturb once, not in each of them
-    return ZO(
+    opt = ZO(
         job.mode.groups(named, eps) or named,
         config.method,
         lr=job.lr,
@@ -218,6 +249,8 @@ def make_optimizer(job: Job) -> ZO:
             job.folder.ledger, describe_base(config.model, job.precision.weights, named, job.mode, config.seed)
         ),
     )
+    opt.method.check_sites([slot.site for slot in opt.weights])
+    return opt
 
 
 def _late(config: TrainConfig) -> int:

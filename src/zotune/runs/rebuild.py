@@ -1,5 +1,6 @@
 """Rebuild a trained model from its base model and the run's ledger, and check it by hash."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from zotune.core.ledger import read_ledger, weights_hash
 from zotune.core.site import canonical_name
-from zotune.errors import LedgerError
+from zotune.errors import ConfigError, LedgerError
 from zotune.models import load_any
 from zotune.optim.replaying import optimizer_for, replay
 from zotune.runs.job import Listener
@@ -20,12 +21,19 @@ def rebuild(base: str, ledger_path: Path, out: Path, listener: Listener) -> str:
     """Load the base model, replay the ledger on it, save the result, and say by hash whether it is the trained model.
 
     Raises:
+        ConfigError: nothing can be written there.
         LedgerError: the ledger is damaged, was written for another base model, or the rebuilt weights differ.
         ModelError: the base model cannot be loaded.
     """
     ledger = read_ledger(ledger_path)
     if out.exists():
         raise LedgerError(f"{out} exists already; name a new folder with --out.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(out.parent, os.W_OK):
+            raise PermissionError(f"{out.parent} cannot be written to")
+    except OSError as error:  # before hours of replaying
+        raise ConfigError(f"{out} cannot be made ({error}). Name another folder with --out.") from error
     origin = ledger.header.get("base") or {}
     dtype = getattr(torch, origin["dtype"]) if "dtype" in origin else None
     listener.say(f"loading {base}")

@@ -20,7 +20,7 @@ from zotune.optim.replaying import replay
 from zotune.runs.config import TrainConfig
 from zotune.runs.job import Job, Listener, make_optimizer, plan, prepare
 from zotune.runs.report import draw_curves
-from zotune.runs.run_folder import RunFolder, read_json, write_json
+from zotune.runs.run_folder import ROWS, RunFolder, read_json, write_json
 from zotune.tasks.objectives import SignalWatch, closure_for
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -42,12 +42,11 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
         listener.say(
             f"{folder.path} holds the finished run; nothing to do. Name another folder with --out for a new one."
         )
-        results: dict[str, Any] = read_json(folder.results)
-        return results
+        return read_json(folder.results)
     job = prepare(config, folder, listener)
     opt = make_optimizer(job)
     listener.plan(plan(job, opt))
-    with folder.claimed(config.as_dict()) as resumed:
+    with folder.claimed({**config.as_dict(), ROWS: job.digest}) as resumed:
         metrics = folder.read_metrics()
         if resumed:
             _resume(job, opt, listener)
@@ -114,6 +113,11 @@ def _resume(job: Job, opt: ZO, listener: Listener) -> None:
     assert opt.ledger is not None
     check_header(ledger.header, {**opt.describe(), "base": opt.ledger.base}, job.folder.ledger)
     job.folder.load_snapshot(opt)
+    if opt.step_number > len(ledger.entries):
+        raise DataError(
+            f"{job.folder.ledger} has lost steps: it holds {len(ledger.entries)}, and {job.folder.snapshot.name} is of step "
+            f"{opt.step_number}. Remove the snapshot to go on from the ledger's last step."
+        )
     listener.say(f"resuming: snapshot of step {opt.step_number}, {len(ledger.entries)} steps in the ledger")
     replay(opt, ledger.entries, progress=lambda step: listener.say(f"replayed step {step}") if step % 50 == 0 else None)
 

@@ -85,8 +85,10 @@ def read_jsonl(path: Path) -> Rows:
 
 def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"))
-    except ValueError as error:  # both bad UTF-8 and bad JSON
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        if b"\\ud" in line.lower():  # an escape may be half of a pair, which is no text
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, half of a surrogate pair, brackets without end
         raise DataError(f"{path}, line {number}, is not JSON in UTF-8: {error}.") from error
     if not isinstance(row, dict):
         raise DataError(f"{path}, line {number}, holds a {type(row).__name__}; a JSON object is needed.")
