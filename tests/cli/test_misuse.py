@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from zotune.errors import ConfigError, DataError
+from zotune.errors import ConfigError, DataError, LedgerError
 from zotune.runs.run_folder import RunFolder, read_json, trained_on, write_json
 
 
@@ -231,3 +231,30 @@ def test_a_termination_unwinds_so_that_the_terminal_is_given_back():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "unwound\n")
+
+
+@pytest.mark.parametrize("base", ["5", '{"dtype": "float99"}', '{"mode": 3}'])
+def test_a_ledger_of_another_shape_is_named_by_replay(run, arguments, tiny, tmp_path, base):
+    run("train", *swapped(arguments, steps=2), "--out", tmp_path / "run")
+    ledger = tmp_path / "run" / "ledger.jsonl"
+    header, *lines = ledger.read_text().splitlines()
+    ledger.write_text("\n".join([json.dumps({**json.loads(header), "base": json.loads(base)}), *lines]) + "\n")
+    with pytest.raises(LedgerError, match="header"):
+        run("replay", "--base", tiny[0], "--ledger", ledger, "--out", tmp_path / "rebuilt")
+
+
+def test_a_replay_says_at_once_that_it_cannot_write(run, arguments, tiny, tmp_path):
+    run("train", *swapped(arguments, steps=2), "--out", tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        run(
+            "replay", "--base", tiny[0], "--ledger", tmp_path / "run" / "ledger.jsonl", "--out", tmp_path / "file" / "x"
+        )
+
+
+def test_adapters_name_their_base_model_by_its_whole_path(run, arguments, tiny, tmp_path, monkeypatch):
+    """Else they would be asked of the hub when they are read from another folder."""
+    monkeypatch.chdir(tiny[0].parent)
+    run("train", *swapped(arguments, steps=2, model=tiny[0].name), "--mode", "lora", "--out", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert "as it is" in run("evaluate", *swapped(arguments, model=tmp_path / "run" / "model")).output

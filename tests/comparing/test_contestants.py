@@ -42,8 +42,8 @@ def test_every_method_can_be_named():
 
 
 def test_slugs_are_apart():
-    found = parse(["mezo", "mezo@1e-5", "mezo:lora", "zero-shot"], TrainConfig(), SST2)
-    assert len({contestant.slug for contestant in found}) == 4
+    found = parse(["mezo", "mezo@1e-5", "mezo@1.0000001e-5", "mezo:lora", "zero-shot"], TrainConfig(), SST2)
+    assert len({contestant.slug for contestant in found}) == len({contestant.label for contestant in found}) == 5
 
 
 def test_what_is_usual_follows_from_the_kind():

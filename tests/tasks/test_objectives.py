@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,9 +17,9 @@ from zotune.tasks.objectives import (
     SignalWatch,
     check_objective,
     closure_for,
-    find_reward,
     make_objective,
 )
+from zotune.tasks.rewards import find_reward, reward_of
 from zotune.tasks.scoring import OptionScorer
 from zotune.tasks.task import make_examples
 
@@ -248,3 +249,22 @@ def test_signal_watch_sees_the_trap(make_llama, tokenizer):
             told[name] = watch.step(opt.last.losses) or told.get(name)
     assert told["accuracy"] is not None
     assert told["classification"] is None
+
+
+@pytest.mark.parametrize("value", [None, "x", float("nan"), float("inf"), torch.ones(2), np.ones(2), 1j])
+def test_a_reward_is_one_finite_number(value):
+    with pytest.raises(DataError, match="a finite number is needed"):
+        reward_of(lambda text, row: value, "text", {})
+
+
+@pytest.mark.parametrize(
+    "value", [2, 2.0, np.float32(2), np.int64(2), torch.tensor(2.0), torch.tensor([2]), np.ones(1) * 2]
+)
+def test_a_reward_may_be_any_number(value):
+    assert reward_of(lambda text, row: value, "text", None) == 2.0
+
+
+@pytest.mark.parametrize("function", [lambda text: 1.0, lambda a, b, c: 1.0])
+def test_a_reward_of_other_arguments_is_refused_before_any_text_is_written(function):
+    with pytest.raises(ConfigError, match="cannot be called with"):
+        find_reward(TASKS["squad"], function)

@@ -182,3 +182,20 @@ def test_protocol_refusals():
         protocol_split(SST2, rows, seed=0)
     with pytest.raises(ConfigError, match="at least 1"):
         protocol_split(SST2, rows, seed=0, num_train=0)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n')
+    assert read_jsonl(tmp_path / "a.jsonl") == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize("line", [rb'{"a": "\ud800"}', b"[" * 100_000])
+def test_what_is_no_text_and_brackets_without_end_are_named(tmp_path, line):
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n' + line + b"\n")
+    with pytest.raises(DataError, match="line 2, is not JSON"):
+        read_jsonl(tmp_path / "a.jsonl")
+
+
+def test_a_pair_of_surrogates_is_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(rb'{"a": "\ud83d\ude00"}' + b"\n")
+    assert read_jsonl(tmp_path / "a.jsonl") == [{"a": "\N{GRINNING FACE}"}]

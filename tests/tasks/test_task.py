@@ -76,3 +76,8 @@ def test_catalogue_is_consistent():
         assert task.hub or task.packaged
         for other in task.overlaps:
             assert name in TASKS[other].overlaps
+
+
+def test_two_options_of_the_same_words_are_refused():
+    with pytest.raises(ConfigError, match="same words for two of its options"):
+        Task(name="twice", prompt="{text} It was", options={0: " good", 1: " good"}, source="here", licence="none")

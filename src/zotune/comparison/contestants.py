@@ -46,12 +46,12 @@ class Contestant:
         if self.lr is None:
             return self.name
         plain = self.mode == "full" or FIRST_ORDER_NAMES.get(self.name) == self.mode
-        return f"{self.name if plain else f'{self.name}:{self.mode}'} (lr {self.lr:g})"
+        return f"{self.name if plain else f'{self.name}:{self.mode}'} (lr {self.lr:.12g})"
 
     @property
     def slug(self) -> str:
         """A folder's name."""
-        return self.name if self.lr is None else f"{self.name}-{self.mode}-{self.lr:g}"
+        return self.name if self.lr is None else f"{self.name}-{self.mode}-{self.lr:.12g}"
 
     @property
     def first_order(self) -> bool:

@@ -13,6 +13,7 @@ from zotune.tasks.encoding import Encoded
 from zotune.tasks.generation import Generated, Generator
 from zotune.tasks.metrics import METRICS
 from zotune.tasks.packing_trial import eval_mode
+from zotune.tasks.rewards import reward_of
 from zotune.tasks.task import Row
 
 
@@ -83,7 +84,7 @@ def evaluate_generation(
     if all(word.answers for _, word in pairs):
         values = {name: [metric(text, word.answers) for text, word in pairs] for name, metric in METRICS.items()}
     if reward is not None:
-        values["reward"] = [float(reward(text, word.row or {})) for text, word in pairs]
+        values["reward"] = [reward_of(reward, text, word.row) for text, word in pairs]
     return TextEvaluation(
         tuple(written),
         {metric: torch.tensor(numbers, dtype=torch.float64) for metric, numbers in values.items()},

@@ -27,7 +27,8 @@ from zotune.runs.run_folder import RunFolder
 from zotune.tasks.catalogue import find_task
 from zotune.tasks.encoding import Encoded, encode_all, special_tokens, truncation
 from zotune.tasks.generation import Generator
-from zotune.tasks.objectives import Objective, check_objective, find_reward, make_objective
+from zotune.tasks.objectives import Objective, check_objective, make_objective
+from zotune.tasks.rewards import find_reward
 from zotune.tasks.rows import SPLITS, choose_rows, load_rows, protocol_split
 from zotune.tasks.scoring import OptionScorer, context_of
 from zotune.tasks.task import Rows, Task, make_examples

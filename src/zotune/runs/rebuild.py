@@ -35,16 +35,20 @@ def rebuild(base: str, ledger_path: Path, out: Path, listener: Listener) -> str:
     except OSError as error:  # before hours of replaying
         raise ConfigError(f"{out} cannot be made ({error}). Name another folder with --out.") from error
     origin = ledger.header.get("base") or {}
-    dtype = getattr(torch, origin["dtype"]) if "dtype" in origin else None
+    try:
+        dtype = getattr(torch, origin["dtype"]) if "dtype" in origin else None
+        mode, seed = mode_of(origin.get("mode"))
+        eps = float(ledger.header["groups"][0]["eps"])
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise LedgerError(f"The header of {ledger_path} has another shape than a run's ({error!r}).") from error
     listener.say(f"loading {base}")
     model, tokenizer, _ = load_any(base, dtype=dtype, say=listener.say)
-    mode, seed = mode_of(origin.get("mode"))
     model = mode.attach(model, seed)
     named = [(canonical_name(name), tensor) for name, tensor in model.named_parameters()]
     trained = [(name, tensor) for name, tensor in named if tensor.requires_grad]
     _check_base(base, origin, "weights", trained)
     _check_base(base, origin, "frozen", [(name, tensor) for name, tensor in named if not tensor.requires_grad])
-    opt = optimizer_for(mode.groups(trained, ledger.header["groups"][0]["eps"]) or trained, ledger)
+    opt = optimizer_for(mode.groups(trained, eps) or trained, ledger)
     steps = len(ledger.entries)
 
     def progress(step: int) -> None:

@@ -13,16 +13,13 @@ import torch
 from torch import Tensor
 
 from zotune.core.registry import check_name
-from zotune.errors import ConfigError, DataError
+from zotune.errors import ConfigError
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.generation import Generator
-from zotune.tasks.importing import find_object
 from zotune.tasks.metrics import METRICS
+from zotune.tasks.rewards import Reward, find_reward, reward_of
 from zotune.tasks.scoring import OptionScorer
-from zotune.tasks.task import Row, Task
-
-Reward = Callable[[str, Row], float]
-"""A user's score of a generated text and its row: larger is better."""
+from zotune.tasks.task import Task
 
 
 class Objective(Protocol):
@@ -165,10 +162,7 @@ class OfReward(_OfText):
     def score(self, text: str, example: Encoded) -> float:
         """What the function says, which must be a finite number."""
         assert example.example is not None
-        value = self.function(text, example.example.row or {})
-        if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
-            raise DataError(f"the reward of {text[:60]!r} is {value!r}; a finite number is needed.")
-        return float(value)
+        return reward_of(self.function, text, example.example.row)
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -195,23 +189,6 @@ def check_objective(name: str, task: Task, function: str | Reward | None = None)
         find_reward(task, function)
     elif function is not None:
         raise ConfigError(f"objective {name!r} takes no function; 'reward' does.")
-
-
-def find_reward(task: Task, function: str | Reward | None = None) -> Reward:
-    """The function given (itself, or ``module:function``), else the task's own.
-
-    Raises:
-        ConfigError: there is none, or it cannot be called.
-    """
-    found = find_object(function, "the reward") if isinstance(function, str) else function or task.reward
-    if found is None:
-        raise ConfigError(
-            f"task {task.name!r} has no reward of its own; name a function of (text, row) as module:function or "
-            "path/to/file.py:function."
-        )
-    if not callable(found):
-        raise ConfigError(f"the reward {function!r} is a {type(found).__name__}; a function of (text, row) is needed.")
-    return found
 
 
 def make_objective(

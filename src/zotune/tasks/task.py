@@ -83,6 +83,10 @@ class Task:
                         f"task {self.name!r} has {text!r} as the option for label {label!r}; words are needed."
                         + ("" if isinstance(text, str) else ' In YAML, put quotes around it: "Yes".')
                     )
+            if len(set(texts)) < len(texts):
+                raise ConfigError(
+                    f"task {self.name!r} has the same words for two of its options: {', '.join(map(repr, texts))}."
+                )
         if self.answers is not None and self.options != ():
             raise ConfigError(f"task {self.name!r} has both options and answers; a task is answered by one of them.")
         for template in self._templates():
