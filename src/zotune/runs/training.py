@@ -18,7 +18,8 @@ from zotune.evaluation.evaluate import fit_prior_correction, prior_corrected
 from zotune.optim.optimizer import ZO
 from zotune.optim.replaying import replay
 from zotune.runs.config import TrainConfig
-from zotune.runs.job import Job, Listener, make_optimizer, plan, prepare
+from zotune.runs.job import Job, Listener, make_optimizer, prepare
+from zotune.runs.plan import plan
 from zotune.runs.report import draw_curves
 from zotune.runs.run_folder import ROWS, RunFolder, read_json, write_json
 from zotune.tasks.objectives import SignalWatch, closure_for
