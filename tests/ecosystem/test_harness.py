@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from zotune.cli.harness import evaluate_with_harness, trained_folder
+from zotune.cli.harness import evaluate_with_harness
 from zotune.errors import ConfigError, DataError, MissingExtraError, ModelError
 from zotune.models import load_model
+from zotune.runs.run_folder import trained_folder
 
 needs_harness = pytest.mark.skipif(
     not __import__("importlib").util.find_spec("lm_eval"), reason="lm-eval is not installed"
