@@ -1,6 +1,7 @@
 """Wrong input, changed data, half-written folders: a sentence before any work, and nothing lost or mixed."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -231,6 +232,18 @@ def test_a_termination_unwinds_so_that_the_terminal_is_given_back():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "unwound\n")
+
+
+def test_a_terminal_without_a_character_still_gets_the_rest():
+    script = (
+        "import zotune.cli, zotune.cli.app as app\n"
+        "from zotune.cli.console import console\n"
+        "app.app = lambda: console.print('0.800 ± 0.010')\n"
+        "zotune.cli.main()"
+    )
+    asked = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=asked)
+    assert (done.returncode, done.stdout) == (0, "0.800 ? 0.010\n")
 
 
 @pytest.mark.parametrize("base", ["5", '{"dtype": "float99"}', '{"mode": 3}'])

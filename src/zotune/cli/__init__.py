@@ -1,5 +1,6 @@
 """The command line: `zotune train | evaluate | compare | replay | learn | import-finetuner | methods | tasks | doctor`."""
 
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,9 @@ def main() -> None:
     for name in ("SIGTERM", "SIGHUP"):  # as for Ctrl-C, progress bars give the cursor back
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
             signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ± still gets the number
     goes_on = " The same command goes on where this one stopped." if set(sys.argv[1:2]) & set(RESUMED) else ""
     try:
         keep_freed_memory()
