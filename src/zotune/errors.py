@@ -21,6 +21,10 @@ class EngineError(ZotuneError, RuntimeError):
     """An engine cannot keep its promise for this model and closure."""
 
 
+class StateError(ZotuneError, RuntimeError):
+    """An optimizer's weights stand between two steps: what moved them broke off half-way."""
+
+
 class LedgerError(ZotuneError, ValueError):
     """A ledger does not belong to this model or run, or it is damaged before its last line."""
 

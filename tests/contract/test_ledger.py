@@ -19,7 +19,7 @@ from tests.support.models import CASES, assert_same_bits, snapshot
 from torch import nn
 
 from zotune.core.ledger import Entry, Ledger, read_ledger, sites_hash, weights_hash
-from zotune.errors import ClosureError, LedgerError
+from zotune.errors import ClosureError, LedgerError, StateError
 from zotune.optim.optimizer import ZO
 from zotune.optim.patience import PATIENCE
 from zotune.optim.replaying import optimizer_for, replay
@@ -389,6 +389,55 @@ def test_a_run_that_was_stopped_for_nonfinite_losses_can_go_on(path):
 @pytest.mark.parametrize("room", [0, 1, 30])
 def test_a_full_disk_loses_nothing(path, short, room):
     check_a_full_disk_loses_nothing(path, room, short)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+def test_a_step_that_broke_off_while_weights_moved_is_the_last(path, rule, monkeypatch):
+    """Ctrl-C in a notebook: some tensors have moved. No more steps, no state, and a ledger that holds the whole step."""
+    whole, _ = run_with_ledger(path, steps=3, rule=rule)
+    path.unlink()
+    case, opt = run_with_ledger(path, steps=2, rule=rule)
+    saved = opt.state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(opt.weights, "update_all", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.step(case.closure)
+    for tried in (lambda: opt.step(case.closure), lambda: opt.query(case.closure), opt.fold, opt.state_dict):
+        with pytest.raises(StateError, match="Step 2 broke off while it moved the weights"):
+            tried()
+    assert opt.step_number == 2
+    base = base_case()
+    replay(optimizer_for(base.named, read_ledger(path)), read_ledger(path).entries)
+    assert_same_bits(snapshot(whole), snapshot(base))
+    opt.load_state_dict(saved)
+    with pytest.raises(LedgerError, match="holds 3 steps, but the optimizer stands at step 2"):
+        opt.step(case.closure)
+
+
+def test_a_fold_that_broke_off_is_the_last_thing(path, monkeypatch):
+    case, opt = run_with_ledger(path, steps=2, method="lozo", fold_every=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(opt.folding, "fold", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.fold()
+    with pytest.raises(StateError, match="The fold after 2 steps broke off"):
+        opt.step(case.closure)
+
+
+def test_a_line_that_was_cut_off_is_taken_back(path, monkeypatch):
+    """Ctrl-C while it is written: nothing has moved. The step counts as cut off, the file holds whole steps."""
+    case, opt = run_with_ledger(path, steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dumps", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.step(case.closure)
+    assert len(read_ledger(path).entries) == 2
+    with pytest.raises(StateError):
+        opt.step(case.closure)
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
 
 
 def test_a_step_is_written_before_it_moves_the_weights(path, monkeypatch):

@@ -1,11 +1,16 @@
 """What every method keeps, whatever its paper: the contracts of one step, replay, resume, memory and forwards."""
 
+import re
+
 import pytest
 import torch
 from tests.checks import methods as checks
 from tests.support.methods import VARIANTS
+from tests.support.models import CASES
 
+from zotune.core.recipe import to_recipe
 from zotune.core.step import Method
+from zotune.errors import ConfigError
 from zotune.methods import METHODS
 from zotune.rules import RULES
 
@@ -22,8 +27,22 @@ def test_it_is_a_method(variant):
     method = variant.method_object()
     assert isinstance(method, Method)
     assert method.name == variant.method
-    assert "arXiv" in method.paper or "19" in method.paper or "20" in method.paper
+    assert re.search(r"(19|20)\d\d", method.paper)  # a year, and an arXiv number where there is one
     assert type(method).__doc__
+
+
+@EACH
+def test_whether_its_estimates_have_recipes(variant):
+    """What `has_recipe` says before the first step is what `to_recipe` finds after it."""
+    case = CASES["bare"](torch.float32)
+    opt = variant.optimizer(case)
+    opt.step(case.closure)
+    try:
+        to_recipe(opt.last.estimate.direction)
+    except ConfigError:
+        assert not opt.method.has_recipe
+    else:
+        assert opt.method.has_recipe
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from zotune.errors import ClosureError, ConfigError, ParameterError
+from zotune.errors import ClosureError, ConfigError, EngineError, ParameterError
 from zotune.optim.optimizer import ZO
 
 WIDTH = 16
@@ -186,6 +186,49 @@ def test_a_penalty_that_begins_later_is_found_and_said(engine):
         found, opt = losses(Net, closure_at, engine, steps=10)
     assert found[-6:] == pytest.approx(expected[-6:], rel=1e-12, abs=0.0)
     assert len(opt.engine.direct) == 6
+
+
+def late_penalty(model, step):
+    x, y = data(step)
+    weight = 0.1 if step >= 3 else 0.0
+    each = torch.arange(1.0, 5.0, dtype=torch.float64)
+    return lambda: (
+        F.cross_entropy(model(x), y, reduction="none")
+        + (weight * each * sum(p.square().sum() for p in model.parameters()) if weight else 0)
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.usefixtures("eighth")
+def test_a_penalty_that_begins_later_is_found_by_slopes(engine):
+    def slopes(engine):
+        torch.manual_seed(0)
+        model = Net().double()
+        opt, found = ZO(model.named_parameters(), "forward_grad", lr=0.0, engine=engine), []
+        for step in range(10):
+            closure = late_penalty(model, step)
+            opt.step(lambda: closure().mean())  # noqa: B023
+            found.append(opt.last.losses[1])
+        return found
+
+    expected = slopes("in_place")
+    with pytest.warns(UserWarning, match="read outside their modules"):
+        found = slopes(engine)
+    assert found[-3:] == pytest.approx(expected[-3:], rel=1e-12, abs=0.0)
+
+
+@pytest.mark.parametrize("engine", ["batched", "auto"])
+@pytest.mark.usefixtures("eighth")
+def test_a_penalty_that_begins_later_is_refused_by_rows_of_examples(engine):
+    """They cannot perturb in place what differs from example to example."""
+    torch.manual_seed(0)
+    model = Net().double()
+    opt = ZO(model.named_parameters(), "grzo", lr=0.0, engine=engine)
+    for step in range(7):
+        opt.step(late_penalty(model, step))
+    for step in (7, 8):
+        with pytest.raises(EngineError, match="6 tensors are read outside their module"):
+            opt.step(late_penalty(model, step))
 
 
 class Sorting(nn.Module):

@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 from tests.checks.rules import estimate, noise
-from tests.support.models import CASES, assert_same_bits, snapshot
+from tests.support.models import CASES
 
 from zotune.core.direction import HERE, Combination, Scaled, Stored
 from zotune.core.masked import Masked
@@ -49,13 +49,18 @@ def test_directions_of_tensors_are_refused_by_name():
         to_recipe(1.0 * Stored({"a": torch.zeros(2)}))
 
 
-def test_refused_before_the_weights_move():
+@pytest.mark.parametrize("method", ["subzero", "lozo", "pgap", "grzo", "ldsd"])
+def test_a_rule_that_keeps_recipes_is_refused_at_once(method):
     case = CASES["bare"](torch.float32)
-    before = snapshot(case)
-    opt = ZO(case.named, "subzero", method_options={"rank": 2}, lr=1e-2, eps=1e-2, rule="momentum_replayed")
-    with pytest.raises(ConfigError, match="cannot be written down"):
-        opt.step(case.closure)
-    assert_same_bits(before, snapshot(case))
+    with pytest.raises(ConfigError, match=rf"those of method '{method}' hold tensors\. Use rule 'momentum'"):
+        ZO(case.named, method, rule="momentum_replayed")
+
+
+def test_without_a_mean_ldsd_has_recipes():
+    case = CASES["bare"](torch.float32)
+    opt = ZO(case.named, "ldsd", method_options={"lr_mu": 0}, rule="momentum_replayed", lr=1e-2)
+    opt.step(case.closure)
+    assert opt.last.accepted
 
 
 def test_a_loaded_window_is_a_copy():

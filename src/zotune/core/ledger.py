@@ -123,6 +123,7 @@ class Ledger:
         self.base = base
         self._file: BinaryIO | None = None
         self._good = 0  # bytes that hold whole lines
+        self._steps = 0  # that they tell of
         self._groups: list[dict[str, float]] | None = None
 
     def append(self, header: Callable[[], Mapping[str, Any]], entry: Entry, *, pending: bool = False) -> None:
@@ -143,7 +144,7 @@ class Ledger:
         if entry.groups != self._groups:
             line["groups"] = entry.groups
         self._write(line)
-        self._groups = entry.groups
+        self._groups, self._steps = entry.groups, entry.step + 1
 
     def fold(self, header: Callable[[], Mapping[str, Any]], steps: int) -> None:
         """Write down a fold that the number of steps does not tell of. Raises as `append` does."""
@@ -168,18 +169,16 @@ class Ledger:
             self._file = None
 
     def _go_on(self, describe: Callable[[], Mapping[str, Any]], step: int, pending: bool = False) -> None:
-        """Open the file, unless it is open."""
+        """Open the file, unless it is open; either way it must stand where the optimizer does."""
         if self._file is not None:
+            self._check_steps(step)
             return
         header = {**describe(), "base": self.base}
         if has_header(self.path):
             before = read_ledger(self.path)
             check_header(before.header, header, self.path)
-            if len(before.entries) != step:
-                raise LedgerError(
-                    f"{self.path} holds {len(before.entries)} steps, but the optimizer stands at step {step}. "
-                    "Replay the ledger first (zotune.replay), or name a new file."
-                )
+            self._steps = len(before.entries)
+            self._check_steps(step)
             if pending and before.entries[-1].folded:
                 raise LedgerError(
                     f"{self.path} says that the run was folded after step {step}; this optimizer's state is older than that. "
@@ -197,14 +196,21 @@ class Ledger:
             self._write(header)
             self._groups = header["groups"]
 
+    def _check_steps(self, step: int) -> None:
+        if self._steps != step:
+            raise LedgerError(
+                f"{self.path} holds {self._steps} steps, but the optimizer stands at step {step}. "
+                "Replay the ledger first (zotune.replay), or name a new file."
+            )
+
     def _write(self, line: Mapping[str, Any]) -> None:
-        """One line or nothing: what a full disk cut short is taken back, and the next line opens the file again."""
+        """One line or nothing: what was cut short is taken back, and the next line opens the file again."""
         assert self._file is not None
         data = json.dumps(line).encode() + b"\n"
         try:
             if self._file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, f"{self.path} could not be extended: the disk is full")
-        except OSError:
+        except BaseException:  # Ctrl-C too
             self._file.truncate(self._good)
             self.close()
             raise

@@ -36,6 +36,11 @@ class Method(Protocol):
         ...
 
     @property
+    def has_recipe(self) -> bool:
+        """Whether its estimates can be written down as a few numbers: no tensors in their directions."""
+        ...
+
+    @property
     def forwards(self) -> float:
         """Queries per step, on average."""
         ...
@@ -77,6 +82,7 @@ class Rule(Protocol):
     # "trial": `trial` says where it would move, from the estimate alone, and trial(-g) is -trial(g).
     # "linear": that is a multiple of the estimate, so that moves may be added up and written later.
     offers: ClassVar[frozenset[str]]
+    needs: ClassVar[frozenset[str]]  # "recipe": estimates that can be written down as a few numbers
 
     def extra_bytes(self, sites: Sequence[Site]) -> int:
         """Bytes kept between steps when these sites are trained."""

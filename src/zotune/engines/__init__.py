@@ -1,6 +1,6 @@
 """Engines: how queries are answered. A method never knows which one it runs on."""
 
-from zotune.core.step import Engine, Method, Rule
+from zotune.core.step import Engine, Method
 from zotune.core.weights import Weights
 from zotune.engines.batched import Auto, Batched
 from zotune.engines.in_place import InPlace
@@ -15,24 +15,18 @@ ENGINES: dict[str, type] = {
 CHOICES: dict[str, type] = {"auto": Auto, **ENGINES}
 
 
-def make_engine(engine: str, weights: Weights, method: Method, rule: Rule, smooth: bool = True) -> Engine:
+def make_engine(engine: str, weights: Weights, method: Method, smooth: bool = True) -> Engine:
     """An engine by name. "auto" works for every closure: batched or layer by layer, by size; in place what hooks miss.
 
     Args:
         engine: one of CHOICES.
         weights: what it perturbs.
         method: whose queries it answers.
-        rule: what the method may want to try out.
         smooth: whether two engines' losses can be compared; see `Layerwise.compares`.
     """
     if engine not in CHOICES:
         raise ConfigError(f"engine must be {', '.join(map(repr, CHOICES))}; got {engine!r}.")
     made: Engine = CHOICES[engine](weights)
-    if "trial" in method.needs - rule.offers:
-        raise ConfigError(
-            f"Method {method.name!r} tries what the rule would do before it does it. Rule {rule.name!r} cannot be tried: it "
-            "remembers earlier steps, so that the opposite step does not undo a step. Use rule 'sgd' or 'sign'."
-        )
     if isinstance(made, Layerwise):
         made.compares = smooth
     missing = method.needs - made.offers - {"trial"}

@@ -81,7 +81,8 @@ class ExampleRows:
     def losses(self, points: Sequence[Direction], closure: Closure, seed: int) -> Tensor:
         """See `Layerwise.example_losses`: (len(points), B)."""
         noted = Noted(closure)
-        if self._ran_in is None or any(module.training is not mode for module, mode in self._ran_in):
+        again = self.engine._is_time() and self.engine._has_loss(noted, seed)
+        if again or self._ran_in is None or any(module.training is not mode for module, mode in self._ran_in):
             self._look(points, noted, seed)
         try:
             answers = self._answers(points, noted, seed)
@@ -133,7 +134,7 @@ class ExampleRows:
 
     def _look(self, points: Sequence[Direction], noted: Noted, seed: int) -> None:
         """Which modules hold trained tensors, and which part can run for several points at once?"""
-        engine, self._ran_in, self.served = self.engine, None, None
+        engine, self._ran_in, self.served, self._sure = self.engine, None, None, False
         moving = next((for_example(point, 0) for point in points if engine._moves(point)), None)
         engine._look(moving, noted, seed)
         if engine.direct:

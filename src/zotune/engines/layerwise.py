@@ -38,7 +38,7 @@ from zotune.engines.query import AMISS, ask, ask_first
 from zotune.engines.swapping import COMPILED, Swapping
 from zotune.errors import EngineError, ZotuneError
 
-# Queries before which the model is looked at anew, up to ten forwards each time: what a closure reads may change.
+# Waves before which the model is looked at anew, up to ten forwards each time: what a closure reads may change.
 LOOKS = frozenset(8**k for k in range(2, 12))
 Answer = TypeVar("Answer")
 
@@ -71,11 +71,7 @@ class Layerwise(Swapping):
         if not all(point.uniform and self._moves(point) for point in points):
             self.weights.settle()  # else every tensor is read through `Weights`, which writes late updates on the way
         moving = next((point for point in points if self._moves(point)), None)
-        self._waves += 1
-        if self._waves in LOOKS and moving is not None and not self._hookless:
-            self._look_again(moving, closure, seed)
-        elif self._owners is None:
-            self._look(moving, closure, seed)
+        self._look_if_due(moving, closure, seed)
         answers = self._wave(points, closure, seed)
         if self._strange:  # in eval mode some modules read other tensors (the fast path of nn.TransformerEncoderLayer)
             self.check_forwards += len(answers)
@@ -89,8 +85,7 @@ class Layerwise(Swapping):
         self.weights.settle()
         near = probe_scale(self.weights) * direction
         moving = near if self._moves(near) else None
-        if self._owners is None:
-            self._look(moving, closure, seed)
+        self._look_if_due(moving, closure, seed)
         query = partial(ask_slope, self, direction, closure, seed)
         answer = self._watched(query)
         if self._strange:
@@ -122,7 +117,23 @@ class Layerwise(Swapping):
         return answer
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Looking at the model, once
+    # Looking at the model
+
+    def _look_if_due(self, point: Direction | None, closure: Closure, seed: int) -> None:
+        if self._is_time() and point is not None and self._has_loss(closure, seed):
+            self._look_again(point, closure, seed)
+        elif self._owners is None:
+            self._look(point, closure, seed)
+
+    def _is_time(self) -> bool:
+        """Whether the model is looked at anew before the wave that begins."""
+        self._waves += 1
+        return self._waves in LOOKS and not self._hookless
+
+    def _has_loss(self, closure: Closure, seed: int) -> bool:
+        """Whether there is anything to compare: not after a run has diverged, nor for a batch without labels."""
+        self.check_forwards += 1
+        return math.isfinite(ask(closure, self.weights, seed))
 
     def _look(self, point: Direction | None, closure: Closure, seed: int) -> None:
         try:
@@ -134,9 +145,7 @@ class Layerwise(Swapping):
 
     def _look_again(self, point: Direction, closure: Closure, seed: int) -> None:
         """What was true of the first query need not stay so: a penalty that begins later, another path for other batches."""
-        self.check_forwards += 1
-        if not math.isfinite(ask(closure, self.weights, seed)):
-            return  # a run that diverged, or a batch without labels: the step's own losses say so
+        self._slope_checked = False
         before = set(self.direct) if self._owners is not None else None
         self._look(point, closure, seed)
         late = set() if before is None else self.direct - before

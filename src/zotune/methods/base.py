@@ -32,6 +32,11 @@ class Base(Options):
         return False
 
     @property
+    def has_recipe(self) -> bool:
+        """See `Method.has_recipe`."""
+        return not self.low_rank
+
+    @property
     def forwards(self) -> float:
         """See `Method.forwards`."""
         raise NotImplementedError

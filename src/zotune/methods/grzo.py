@@ -48,6 +48,11 @@ class GRZO(Base):
         return frozenset({"examples"})
 
     @property
+    def has_recipe(self) -> bool:
+        """No: the signs of a direction for each example."""
+        return False
+
+    @property
     def forwards(self) -> float:
         """Queries per step."""
         return 2

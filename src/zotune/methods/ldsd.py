@@ -96,6 +96,11 @@ class LDSD(Base):
         self._pending: tuple[Combination, Stream] | None = None  # how the last accepted step moves it
 
     @property
+    def has_recipe(self) -> bool:
+        """Not with a mean, which is a number per parameter."""
+        return self._mu is None
+
+    @property
     def forwards(self) -> int:
         """Queries per step."""
         return self.k + (1 if self.reuse else 2)

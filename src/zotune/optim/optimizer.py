@@ -1,6 +1,6 @@
 """ZO: a method, a rule and an engine put together as a `torch.optim.Optimizer`."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,12 +14,12 @@ from zotune.core.noise import check_kind
 from zotune.core.step import Closure, Engine, Method, Outcome, Rule, settle
 from zotune.core.weights import Weights
 from zotune.engines import make_engine
-from zotune.errors import ClosureError, ConfigError
+from zotune.errors import ClosureError
 from zotune.methods import make_method
 from zotune.optim.folding import Folding
 from zotune.optim.moving import move
+from zotune.optim.pairing import check_folding, check_pair
 from zotune.optim.parameters import (
-    check_folding,
     check_hyperparameters,
     default_eps,
     hyperparameters_of,
@@ -29,11 +29,13 @@ from zotune.optim.parameters import (
 )
 from zotune.optim.patience import Patience
 from zotune.optim.querying import context_of
+from zotune.optim.refusing import Refusing
 from zotune.optim.saving import NO_STATE, describe, parts_of_state, refuse_lost_moves, refuse_other_kind, take_up
+from zotune.optim.standing import Standing
 from zotune.rules import make_rule
 
 
-class ZO(torch.optim.Optimizer):
+class ZO(Refusing):
     """Zeroth-order optimizer: forward passes only, no gradients.
 
         opt = zotune.ZO(model.named_parameters(), method="mezo", lr=1e-6, eps=1e-3)
@@ -101,6 +103,7 @@ class ZO(torch.optim.Optimizer):
         groups = named_groups(params)
         self.method: Method = make_method(method, method_options)
         self.rule: Rule = make_rule(rule, rule_options)
+        check_pair(self.method, self.rule)
         self.noise = check_kind(noise)
         tensors = [tensor for group in groups for _, tensor in group["params"]]
         eps = default_eps(tensors) if eps is None else eps
@@ -119,10 +122,11 @@ class ZO(torch.optim.Optimizer):
         warn_small_eps(tensors, self.param_groups[0]["eps"])
         self.weights = Weights(self._named(), low_precision)
         self.folding = Folding(self.weights, fold_every, self.method.low_rank)
-        self.engine: Engine = make_engine(engine, self.weights, self.method, self.rule, smooth)
+        self.engine: Engine = make_engine(engine, self.weights, self.method, smooth)
         self.ledger = Ledger(ledger) if isinstance(ledger, str | Path) else ledger
         self.last: Outcome | None = None
         self.patience = Patience()
+        self._standing = Standing()
         self._asked: tuple[Context, Estimate] | None = None
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -147,6 +151,7 @@ class ZO(torch.optim.Optimizer):
         Raises:
             ClosureError: no closure and no pending query; the closure does not return one number; or the loss has not
                 been a finite number for several steps in a row.
+            StateError: an earlier step broke off while it moved the weights.
         """
         if closure is not None:
             self.query(closure)
@@ -159,11 +164,13 @@ class ZO(torch.optim.Optimizer):
             )
         ctx, estimate = self._asked
         self._asked = None
-        self.last = settle(self.method, ctx, estimate, self._record, lambda: self._move(estimate))
-        self.param_groups[0]["zo_step"] += 1
-        if self.folding.is_due(self.step_number):
-            self.folding.fold(self.seed, self.step_number)
-        self._count_step()
+        self._standing.check()
+        with self._standing.moving(f"Step {self.step_number}"):
+            self.last = settle(self.method, ctx, estimate, self._record, lambda: self._move(estimate))
+            self.param_groups[0]["zo_step"] += 1
+            if self.folding.is_due(self.step_number):
+                self.folding.fold(self.seed, self.step_number)
+            self._count_step()
         self._counts["refused"] += not self.last.accepted
         self.patience.count(self.last, self.step_number - 1)
         return torch.tensor(float(estimate.loss), dtype=torch.float64)
@@ -177,6 +184,7 @@ class ZO(torch.optim.Optimizer):
         Returns:
             The loss to log, a 0-d float64 tensor.
         """
+        self._standing.check()
         check_hyperparameters(self.param_groups)
         check_folding(self.folding.every, self.method, self.rule, self.param_groups)
         self.folding.check()
@@ -196,10 +204,15 @@ class ZO(torch.optim.Optimizer):
         with what is pending. A fold of factors at another step rounds at another step too, so the ledger is told, and a
         replay folds there as well. To look at the weights in between without changing the run, use `folded`.
         """
+        self._standing.check()
         if self.ledger is not None and self.folding.pending:
             self.ledger.fold(self.describe, self.step_number)
-        self.folding.fold(self.seed, self.step_number)
-        self._count_step()
+        what = f"The fold after {self.step_number} steps"
+        with (
+            self._standing.moving(what) if self.folding.pending else nullcontext()
+        ):  # late moves are written or wait on
+            self.folding.fold(self.seed, self.step_number)
+            self._count_step()
 
     def folded(self) -> AbstractContextManager[None]:
         """The module's tensors are folded inside the block, and have their own bits again after it: for evaluation.
@@ -233,14 +246,6 @@ class ZO(torch.optim.Optimizer):
         counts: dict[str, int] = self.param_groups[0]["zo_counts"]
         return counts
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """What torch.amp.GradScaler asks an optimizer before it steps: the first moment to see that there is one."""
-        raise ConfigError(
-            "A gradient scaler (fp16 mixed precision) has nothing to scale: ZO makes no gradients, and the scaler would stop "
-            "with 'No inf checks were recorded'. Step without it: bf16 autocast, or weights in fp16, need none."
-        )
-
     def _move(self, estimate: Estimate) -> None:
         self._counts["updates"] += 1
         move(self, self.rule.prepare(estimate))
@@ -249,7 +254,8 @@ class ZO(torch.optim.Optimizer):
         if self.ledger is not None:
             loss, groups = float(outcome.estimate.loss), hyperparameters_of(self.param_groups)
             entry = Entry(self.step_number, loss, list(outcome.losses), groups)
-            self.ledger.append(self.describe, entry, pending=bool(self.folding.pending))
+            with self._standing.unmoved():
+                self.ledger.append(self.describe, entry, pending=bool(self.folding.pending))
 
     def _count_step(self) -> None:
         # One cheap entry per parameter: an empty state makes torch.distributed.checkpoint allocate gradients.
@@ -268,6 +274,7 @@ class ZO(torch.optim.Optimizer):
 
         Pending moves are in it. With the module's own state of the same moment it resumes the run bit for bit.
         """
+        self._standing.check()
         self.param_groups[0] |= parts_of_state(self)
         state = super().state_dict()
         state["param_groups"][0]["zo_counts"] = dict(self._counts)  # these go on counting
@@ -286,6 +293,7 @@ class ZO(torch.optim.Optimizer):
         take_up(self, state_dict)
         self._forget_states()
         self._asked = None
+        self._standing.restored()
 
     def _forget_states(self) -> None:
         """The groups only carry them into and out of files; kept there, a learned mean would be held twice."""
@@ -297,18 +305,6 @@ class ZO(torch.optim.Optimizer):
         return (
             f"ZO({parts}, " + ", ".join(f"{len(group['params'])} tensors with {one}" for group, one in settings) + ")"
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise ConfigError(
-            "ZO cannot be copied or pickled as a whole: its noise and its state hang on the tensors that it was made with. "
-            "Copy the model, make a ZO for the copy, and load state_dict() into it."
-        )
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only at construction: sites, noise and ledger are fixed then."""
-        if hasattr(self, "weights"):
-            raise ConfigError("ZO's tensors are fixed when it is made: give all groups to the constructor.")
-        super().add_param_group(param_group)
 
     def describe(self) -> dict[str, Any]:
         """What a ledger's header says: enough to make the same optimizer again."""

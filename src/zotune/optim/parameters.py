@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.core.direction import Combination, Direction, Scaled
 from zotune.core.site import canonical_name
-from zotune.core.step import Method, Rule
 from zotune.errors import ConfigError, ParameterError
 
 HYPERPARAMETERS = ("lr", "eps", "weight_decay")
@@ -129,51 +127,3 @@ def eps_factors(groups: Sequence[dict[str, Any]]) -> dict[str, float] | None:
     if all(float(group["eps"]) == eps for group in groups):
         return None
     return {name: float(group["eps"]) / eps for group in groups for name in group["param_names"]}
-
-
-def trial_of(method: Method, rule: Rule, groups: Sequence[dict[str, Any]], direction: Direction) -> Direction:
-    """Where the rule would move the weights, on all groups: for methods that try steps.
-
-    Raises:
-        ConfigError: a group's weights decay.
-    """
-    if any(float(group["weight_decay"]) for group in groups):
-        raise ConfigError(
-            f"Method {method.name!r} tries steps of the rule, which weight decay would falsify: set it to 0."
-        )
-    trials = [rule.trial(direction, group) for group in groups]
-    if len(trials) == 1:
-        return trials[0]
-    names = [dict.fromkeys(group["param_names"], 1.0) for group in groups]
-    return Combination(tuple((1.0, Scaled(t, n, otherwise=0.0)) for t, n in zip(trials, names, strict=True)))
-
-
-def check_folding(fold_every: int, method: Method, rule: Rule, groups: Iterable[dict[str, Any]]) -> None:
-    """Raise a ConfigError if moves are to wait that cannot."""
-    if fold_every == 0:
-        return
-    if fold_every < 0:
-        raise ConfigError(f"fold_every must be at least 0 steps (0: nothing waits, 50 is usual); got {fold_every}.")
-    advice = "Leave it at 0, or"
-    if "slope" in method.needs:
-        raise ConfigError(
-            f"fold_every={fold_every} leaves stored weights behind, and method {method.name!r} differentiates at the stored "
-            f"weights. {advice} use a method that asks for losses alone."
-        )
-    if "linear" not in rule.offers:
-        raise ConfigError(
-            f"fold_every={fold_every} writes moves later, and those of rule {rule.name!r} are not multiples of the "
-            f"estimate. {advice} use rule sgd."
-        )
-    if any(float(group["weight_decay"]) for group in groups):
-        raise ConfigError(
-            f"fold_every={fold_every} writes moves later, and weight decay moves every number by itself. {advice} set "
-            "weight_decay to 0."
-        )
-
-
-def may_be_late(method: Method, rule: Rule, groups: Iterable[dict[str, Any]]) -> bool:
-    """Whether each move can wait, without another bit, for the query that reads the tensor next: see `Folding`."""
-    if method.low_rank or "slope" in method.needs or "linear" not in rule.offers:
-        return False
-    return not any(float(group["weight_decay"]) for group in groups)

@@ -6,7 +6,8 @@ from typing import Any
 from zotune.core.context import Context
 from zotune.core.noise import stream
 from zotune.core.step import Closure
-from zotune.optim.parameters import HYPERPARAMETERS, eps_factors, trial_of
+from zotune.optim.pairing import trial_of
+from zotune.optim.parameters import HYPERPARAMETERS, eps_factors
 
 
 def context_of(opt: Any, closure: Closure) -> Context:

@@ -31,6 +31,7 @@ class BaseRule(Options):
     part: ClassVar[str] = "rule"
     extra_state: ClassVar[str] = "none"
     offers: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def extra_bytes(self, sites: Sequence[Site]) -> int:
         """See `Rule.extra_bytes`."""

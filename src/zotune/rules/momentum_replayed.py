@@ -31,6 +31,7 @@ class MomentumReplayed(BaseRule):
     window: int = 32  # estimates that are remembered
 
     name: ClassVar[str] = "momentum_replayed"
+    needs: ClassVar[frozenset[str]] = frozenset({"recipe"})
     extra_state: ClassVar[str] = "none (the recipes of the last estimates: kilobytes)"
 
     def __post_init__(self) -> None:
@@ -43,7 +44,7 @@ class MomentumReplayed(BaseRule):
         """The estimate with its predecessors: what `momentum` would hold in its buffer.
 
         Raises:
-            ConfigError: a direction that cannot be written down; the weights have not moved then.
+            ConfigError: a direction that cannot be written down.
         """
         # What is kept is what was written down and read again, so a resumed run cannot differ from this one.
         self._past = [*self._past, from_recipe(to_recipe(estimate.direction))][-self.window :]

@@ -18,7 +18,7 @@ from zotune.masked import MaskedScorer, encode_all_masked, find_masked_template
 from zotune.methods import defaults, make_method
 from zotune.models import load_any
 from zotune.optim.optimizer import ZO
-from zotune.optim.parameters import check_folding, may_be_late
+from zotune.optim.pairing import check_folding, check_pair, may_be_late
 from zotune.precision import Precision, choose_device, choose_precision
 from zotune.rules import make_rule
 from zotune.runs.config import TrainConfig
@@ -116,6 +116,7 @@ def prepare(config: TrainConfig, folder: RunFolder, listener: Listener) -> Job:
     method = make_method(config.method, method_options(config))  # wrong options are found before the model is loaded
     refuse_examples(method)
     rule = make_rule(config.rule, config.rule_options)
+    check_pair(method, rule)
     check_folding(config.fold_every, method, rule, [{"weight_decay": config.weight_decay}])
     make_mode(config.mode, config.mode_options)
     task = find_task(config.task)
