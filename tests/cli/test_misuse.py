@@ -34,12 +34,26 @@ def swapped(words, **changed):
         (b"steps: 3", ["--data-seed", "-1"], "data_seed must be from 0"),
         (b"steps: 3", ["--data-seed", str(2**32)], "data_seed must be from 0"),
         (b"steps: 3", ["--device", "meta"], "holds no numbers"),
+        (b"steps: 3", ["--model", "no/such", "--noise", "pink"], "noise must be one of"),
+        (b"steps: 3", ["--model", "no/such", "--engine", "steam"], "Unknown engine 'steam'"),
+        (b"steps: 3", ["--model", "no/such", "--low-precision", "round"], "Unknown low_precision 'round'"),
+        (b"method: lozo", ["--model", "no/such", "--rule", "momentum_replayed"], "Use rule 'momentum'"),
     ],
 )
 def test_what_cannot_be_read_or_used_is_said(run, tiny, tmp_path, recipe, words, message):
     (tmp_path / "recipe.yaml").write_bytes(recipe)
     with pytest.raises(ConfigError, match=message):
         run("train", tmp_path / "recipe.yaml", "--model", tiny[0], "--data", tiny[1], "--task", "sst2", *words)
+
+
+def test_contestants_share_settings_that_are_read_before_a_model(run, tiny, tmp_path):
+    with pytest.raises(ConfigError, match="noise must be one of"):
+        run("compare", "--model", "no/such", "--noise", "pink", "--out", tmp_path / "out")
+
+
+def test_calibration_is_not_for_the_harness(run):
+    with pytest.raises(ConfigError, match="--calibrate does not go with --harness"):
+        run("evaluate", "--harness", "sst2", "--calibrate")
 
 
 def test_options_left_empty_in_a_recipe_are_none(run, arguments, tmp_path):

@@ -1,6 +1,6 @@
 """Options of a wrong kind are refused with a sentence that names them, before any work starts."""
 
-from dataclasses import dataclass, fields
+from dataclasses import FrozenInstanceError, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -96,3 +96,12 @@ def test_a_learning_rate_may_be_a_tensor():
     opt = zo(lr=torch.tensor(1e-3), seed=np.int64(3))
     assert opt.seed == 3
     assert "lr must" not in str(opt)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, known in KNOWN.items() for name in known])
+def test_options_are_fixed_once_made(kind, name):
+    """They are checked once and written into the ledger's header; what is made of them would not follow."""
+    made = make(kind, KNOWN[kind], name, {"networks": "untrained"} if name == "zo_finetuner" else {})
+    for field in fields(made):
+        with pytest.raises(FrozenInstanceError):
+            setattr(made, field.name, getattr(made, field.name))

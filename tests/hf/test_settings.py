@@ -84,7 +84,11 @@ def test_unreadable_options_are_refused(given):
         ({"low_precision": "cary"}, "Did you mean 'carry'"),
         ({"engine": "diesel"}, "engine"),
         ({"eps": 0.0}, "eps must be positive"),
+        ({"eps": float("inf")}, "eps must be positive and finite"),
         ({"learning_rate": -1.0}, "learning_rate must be at least 0"),
+        ({"learning_rate": float("inf")}, "learning_rate must be at least 0 and finite"),
+        ({"method_options": "n=[1"}, "method_options must be JSON"),
+        ({"method": "lozo", "rule": "momentum_replayed"}, "Use rule 'momentum'"),
         ({"learning_rate": "fast"}, "learning_rate must be a number"),
     ],
 )

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from zotune.baselines.meter import Usage, measure
 from zotune.errors import ClosureError, ConfigError, DataError, ParameterError
 from zotune.evaluation.evaluate import Evaluation, evaluate
-from zotune.runs.training import SCHEDULES, batch_at
+from zotune.runs.config import SCHEDULES
+from zotune.runs.training import batch_at
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.scoring import OptionScorer
 

@@ -60,6 +60,8 @@ def evaluate(
     if harness is not None:
         from zotune.cli.harness import evaluate_with_harness
 
+        if calibrate:
+            raise ConfigError("--calibrate does not go with --harness, whose tasks say how they are scored.")
         evaluate_with_harness(recipe, given, harness, shots=demonstrations or None, limit=limit)
         return
     if limit is not None:

@@ -3,7 +3,6 @@
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +64,6 @@ class Display(Listener):
     def plan(self, facts: dict[str, str]) -> None:
         """See `Listener.plan`."""
         console.print(facts_table(facts))
-
-    def counter(self, what: str) -> Callable[[int, int], None]:
-        """A progress function for one evaluation."""
-        return lambda done, total: self.evaluating(done, total, what)
 
     def evaluating(self, done: int, total: int, what: str) -> None:
         """See `Listener.evaluating`."""

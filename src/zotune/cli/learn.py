@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from zotune.cli.settings import kind_name
 from zotune.errors import ConfigError
 from zotune.learn.config import LearnConfig
 from zotune.runs.config import read_pair
@@ -44,11 +45,11 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
 
 def _numbers_or_none() -> dict[str, Any]:
     """Settings that may be switched off by `none`: they are read as text first."""
-    return {f.name: _KINDS[_plain(f.type)] for f in fields(LearnConfig) if _optional_number(f.type)}
+    return {f.name: _KINDS[kind_name(f.type)] for f in fields(LearnConfig) if _optional_number(f.type)}
 
 
 def _optional_number(kind: Any) -> bool:
-    return "None" in str(kind) and _plain(kind) in _KINDS
+    return "None" in str(kind) and kind_name(kind) in _KINDS
 
 
 def _number(key: str, text: str, kind: Any) -> Any:
@@ -58,16 +59,12 @@ def _number(key: str, text: str, kind: Any) -> Any:
         raise ConfigError(f"{key} must be of type {kind.__name__}, or none; got {text!r}.") from error
 
 
-def _plain(kind: Any) -> str:
-    return (kind.__name__ if isinstance(kind, type) else str(kind)).replace(" | None", "")
-
-
 def _parameters() -> list[inspect.Parameter]:
     """One option per setting, so that settings are declared once."""
     made = []
     for f in fields(LearnConfig):
         flag = "--" + f.name.replace("_", "-")
-        kind: Any = _KINDS.get(_plain(f.type), str)
+        kind: Any = _KINDS.get(kind_name(f.type), str)
         if _optional_number(f.type):
             kind = str
         if f.name in _OPTIONS:

@@ -42,7 +42,7 @@ def with_settings(command: Callable[..., None], hidden: Collection[str] = ()) ->
         )
     ]
     for setting in fields(TrainConfig):
-        kind: Any = {"int": int, "float": float}.get(_plain(setting.type), str)
+        kind: Any = {"int": int, "float": float}.get(kind_name(setting.type), str)
         several = setting.name in OPTIONS
         flag, kind = flag_of(setting.name), list[str] if several else kind
         default = "" if several or setting.default is None else f" [default: {setting.default}]"
@@ -62,7 +62,8 @@ def with_settings(command: Callable[..., None], hidden: Collection[str] = ()) ->
     return wrapper
 
 
-def _plain(kind: Any) -> str:
+def kind_name(kind: Any) -> str:
+    """What a field's annotation is called, None left out."""
     return (kind.__name__ if isinstance(kind, type) else str(kind)).replace(" | None", "")
 
 

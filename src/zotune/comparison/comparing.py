@@ -21,10 +21,11 @@ from zotune.comparison.contestants import UNTRAINED, Contestant, Ground, find_co
 from zotune.comparison.turns import Asked, CompareListener, Entry, runner
 from zotune.errors import ConfigError, DataError, ZotuneError
 from zotune.extras import require
+from zotune.optim.parameters import check_choices
 from zotune.runs.alone import alone_in
 from zotune.runs.config import TrainConfig
 from zotune.runs.job import Job, load, make_optimizer
-from zotune.runs.run_folder import ROWS, RunFolder, is_unused, read_json, write_json
+from zotune.runs.run_folder import ROWS, RunFolder, changed, is_unused, read_json, write_json
 from zotune.tasks.scoring import OptionScorer
 from zotune.version import __version__
 
@@ -61,6 +62,7 @@ def compare(
         )
     if demonstrations < 1:
         raise ConfigError(f"demonstrations must be at least 1, got {demonstrations}; or leave in-context out.")
+    check_choices(config.noise, config.low_precision, config.engine)
     task, wanted = find_contestants(contestants, config)
     require("matplotlib", extra="plot", purpose="draw the comparison")
     store = Store(Path(config.out), _settings(config, forwards, demonstrations))
@@ -190,14 +192,10 @@ class Store:
                     f"{self.folder} holds a comparison on other rows: the data or the task has changed since. Put the rows "
                     "back, or name another folder with --out."
                 )
-            settings, folder = {key: value for key, value in self.settings.items() if key != ROWS}, self.folder
-            changed = [key for key in settings if before["settings"].get(key) != settings[key]]
-            if changed and before["contestants"]:
-                changes = "; ".join(
-                    f"{key} was {before['settings'].get(key)!r}, now {settings[key]!r}" for key in changed
-                )
+            changes = changed(before["settings"], self.settings, leaving=(ROWS,))
+            if changes and before["contestants"]:
                 raise ConfigError(
-                    f"{folder} holds a comparison with other settings ({changes}). Name another folder with --out, or "
+                    f"{self.folder} holds a comparison with other settings ({changes}). Name another folder with --out, or "
                     "give the same settings to go on with it; other contestants may be added."
                 )
             self.entries = {entry["what"]: entry for entry in before["contestants"]}

@@ -11,11 +11,10 @@ from zotune.baselines.first_order import can_checkpoint, forward_equivalents
 from zotune.comparison.contestants import Contestant, Ground
 from zotune.evaluation.assess import numbers
 from zotune.evaluation.evaluate import Evaluation, fit_prior_correction, prior_corrected
+from zotune.runs.asking import demonstrated
 from zotune.runs.job import Job, Listener, make_optimizer
 from zotune.runs.training import take_steps
-from zotune.tasks.demonstrations import with_demonstrations
-from zotune.tasks.encoding import Encoded, encode_all, special_tokens, truncation
-from zotune.tasks.scoring import context_of
+from zotune.tasks.encoding import Encoded
 
 Entry = dict[str, Any]
 
@@ -92,14 +91,7 @@ def _prior_corrected(asked: Asked) -> Outcome:
 
 
 def _in_context(asked: Asked) -> Outcome:
-    job, count = asked.job, asked.demonstrations
-    examples, pool = ([one.example for one in part if one.example is not None] for part in (job.heldout, job.train))
-    shown = with_demonstrations(examples, pool, count=count, seed=job.config.data_seed)
-    longest = min(job.config.max_length, context_of(job.model) or job.config.max_length)
-    encoded = encode_all(shown, job.tokenizer, longest, **special_tokens(job.tokenizer))
-    if truncation(encoded).examples:
-        asked.listener.say(f"with demonstrations: {truncation(encoded)}")
-    return _assess(asked, encoded, "held out, in context")
+    return _assess(asked, demonstrated(asked.job, asked.listener, asked.demonstrations), "held out, in context")
 
 
 def _probe(asked: Asked) -> Outcome:

@@ -18,7 +18,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,7 +51,7 @@ class LedgerFile:
     entries: list[Entry]
     weights: str | None = None  # hash of the final weights, once the run has ended
     good_bytes: int = 0  # length of the file without a torn last line
-    torn: bool = field(default=False)
+    torn: bool = False  # whether there was one
 
 
 def read_ledger(path: str | Path) -> LedgerFile:

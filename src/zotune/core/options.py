@@ -1,7 +1,7 @@
 """Options of methods, rules, sources and tuning modes: the fields of their dataclasses, of the right kind and in range."""
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import FrozenInstanceError, fields, is_dataclass
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
@@ -20,10 +20,19 @@ KINDS: dict[Any, tuple[type, str]] = {
 
 
 class Options:
-    """A dataclass whose fields are its options. `__post_init__` checks their ranges with `check`."""
+    """A dataclass whose fields are its options, fixed once it is made. `__post_init__` checks their ranges with `check`.
+
+    It is frozen where nothing is remembered. Where something is, other attributes change and the fields still do not.
+    """
 
     part: ClassVar[str] = ""  # what such a thing is called in messages: "method", "rule", ...
     name: ClassVar[str]
+
+    def __setattr__(self, attribute: str, value: Any) -> None:
+        """What is remembered changes, options do not: they are in the ledger's header, and checked only once."""
+        if attribute in getattr(self, "__dataclass_fields__", ()) and attribute in vars(self):
+            raise FrozenInstanceError(f"{attribute} of {self.part} {self.name!r} is fixed; make another {self.part}.")
+        super().__setattr__(attribute, value)
 
     def check(self, option: str, good: bool, needed: str, why: str = "") -> None:
         """Raise a ConfigError that names the option, what was given, what is needed and why, unless `good`."""

@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from zotune.core.noise import stream
+from zotune.core.noise import lanes, stream
 from zotune.core.site import Site
 from zotune.kernels.contract import Term
 from zotune.kernels.dispatch import backend_for
-from zotune.kernels.philox import words
 from zotune.kernels.prepared import Prepared
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -122,10 +121,7 @@ class Stochastic(Plain):
 
     def write(self, slot: Slot, part: Site, values: Tensor) -> None:
         """See `Storage.write`."""
-        first, last = part.start // 8, -(-(part.start + part.count) // 8)
-        blocks = torch.arange(first, last, device=values.device)
-        lanes = words(self._bits.key, part.id, blocks)
-        bits = torch.stack((lanes & 0xFFFF, lanes >> 16), dim=2).view(-1)[part.start - first * 8 :][: part.count]
+        bits = lanes(self._bits, part, values.device)
         low = _toward_zero(values, slot.tensor.dtype)
         high = torch.where(values == low.float(), low, _next_away(low, values))
         share = (values - low.float()) / (high.float() - low.float()).where(high != low, torch.ones_like(values))

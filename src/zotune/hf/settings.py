@@ -4,19 +4,18 @@ No library is needed here: `arguments.py` and `trl.py` put it together with the 
 fields are read from Python, from YAML and from the command line (`HfArgumentParser`, `TrlParser`).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, get_args, get_type_hints
 
 import yaml
 
-from zotune.core.noise import check_kind
-from zotune.core.registry import check_name
-from zotune.core.weights import STORAGES
-from zotune.engines import ENGINES
 from zotune.errors import ConfigError
 from zotune.hf.refusals import refuse_first_order
 from zotune.methods import make_method
+from zotune.optim.pairing import check_pair
+from zotune.optim.parameters import check_choices
 from zotune.rules import make_rule
 from zotune.runs.config import setting
 
@@ -42,7 +41,7 @@ class ZOSettings:
     )
     noise: str = setting("normal", "normal (table), gaussian (exact) or rademacher.")
     low_precision: str = setting("carry", "How bf16 and fp16 weights take small updates: carry, plain or stochastic.")
-    engine: str = setting("auto", "auto, layerwise or in_place.")
+    engine: str = setting("auto", "auto, batched, layerwise or in_place.")
     ledger: str | None = setting(
         "ledger.jsonl", "File that takes every loss, so that the run can be replayed; none for no ledger."
     )
@@ -71,15 +70,13 @@ class ZOSettings:
         super().__post_init__()  # type: ignore[misc]
 
     def _check_choices(self) -> None:
-        make_method(self.method, self.method_options)  # type: ignore[arg-type]
-        make_rule(self.rule, self.rule_options)  # type: ignore[arg-type]
-        check_kind(self.noise)
-        check_name("low_precision", self.low_precision, STORAGES)
-        check_name("engine", self.engine, ("auto", *ENGINES))
-        if self.learning_rate is not None and not self.learning_rate >= 0:
-            raise ConfigError(f"learning_rate must be at least 0; got {self.learning_rate}.")
-        if self.eps is not None and not self.eps > 0:
-            raise ConfigError(f"eps must be positive; got {self.eps}.")
+        method = make_method(self.method, self.method_options)  # type: ignore[arg-type]
+        check_pair(method, make_rule(self.rule, self.rule_options))  # type: ignore[arg-type]
+        check_choices(self.noise, self.low_precision, self.engine)
+        if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate must be at least 0 and finite; got {self.learning_rate}.")
+        if self.eps is not None and not 0 < self.eps < math.inf:
+            raise ConfigError(f"eps must be positive and finite; got {self.eps}.")
 
 
 def read_options(name: str, given: Any) -> dict[str, Any]:
@@ -106,7 +103,12 @@ def _parse(name: str, text: str) -> Any:
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     if any(not separator for _, separator, _ in pairs):
         raise ConfigError(f'{name} must read "name=value,name=value" or be JSON; got {text!r}.')
-    return {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
+    try:
+        return {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
+    except yaml.YAMLError as error:  # a list or a mapping, cut at its commas
+        raise ConfigError(
+            f"{name} must be JSON where a value is more than a number or a word; got {text!r}."
+        ) from error
 
 
 def _number(value: Any) -> Any:

@@ -30,7 +30,7 @@ from zotune.learn.start import learned, profile
 from zotune.learn.trajectory import file_start
 from zotune.runs.alone import alone_in
 from zotune.runs.job import Listener
-from zotune.runs.run_folder import read_json, write_json
+from zotune.runs.run_folder import changed, read_json, write_json
 
 FORWARDS = 2 + 3 + 3  # of a visit: two probes, and twice forward and backward (a backward pass is worth two forwards)
 
@@ -147,10 +147,7 @@ class _Folder:
         """Raise a ConfigError if another run is under way here."""
         if not self._settings.is_file():
             return
-        before = read_json(self._settings)
-        changed = [key for key in self._asked if before.get(key) != self._asked[key]]
-        if changed:
-            changes = "; ".join(f"{key} was {before.get(key)!r}, now {self._asked[key]!r}" for key in changed)
+        if changes := changed(read_json(self._settings), self._asked):
             raise ConfigError(
                 f"{self.path} holds a run with other settings ({changes}). Give the same ones to resume it, name another "
                 "folder with --out, or delete that folder."

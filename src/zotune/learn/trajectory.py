@@ -19,7 +19,7 @@ from zotune.learn.passes import Backward, along, energy, run
 
 
 class Trajectory:
-    """Moves the model; `begin` files its start."""
+    """Moves the model; `file_start` has filed its start."""
 
     def __init__(
         self, weights: Weights, *, lr: float, momentum: float, clip: float | None, window: int, gradients: str

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from zotune.core.context import Context
 from zotune.core.direction import Direction, Scalar, given
-from zotune.core.noise import CHUNK, Stream
+from zotune.core.noise import CHUNK, Stream, lanes
 from zotune.core.site import Site
 from zotune.errors import ConfigError
 from zotune.kernels.contract import Term
-from zotune.kernels.philox import words
 from zotune.kernels.workspace import workspace
 
 BLOCK = 64  # numbers that share a scale in 8 bits
@@ -191,7 +190,7 @@ class PolicyMean(Direction):
                 old = form.read(part.start, part.count)
                 values = workspace("policy mean", part.count, old.dtype, old.device).copy_(old).mul_(keep)
                 change.add_to(values, part)
-                bits = _random_bits(part, source, old.device) if form.rounds else None
+                bits = lanes(source, part, old.device) if form.rounds else None
                 form.write(part.start, values, bits)
 
     def device_of(self, site: Site) -> torch.device:
@@ -215,10 +214,3 @@ class PolicyMean(Direction):
         made = FORMS[self.form]
         self._kept = {n: made({k: t.detach().clone() for k, t in kept.items()}) for n, kept in state["tensors"].items()}
         self._sites = {}
-
-
-def _random_bits(part: Site, source: Stream, device: torch.device) -> Tensor:
-    """One integer in [0, 2**16) for each element of a part that starts at a multiple of 8."""
-    blocks = torch.arange(part.start // 8, -(-(part.start + part.count) // 8), device=device)
-    lanes = words(source.key, part.id, blocks)  # (b, 4) of 32 bits: eight halves
-    return torch.stack((lanes & 0xFFFF, lanes >> 16), dim=2).view(-1)[: part.count]

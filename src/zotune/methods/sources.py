@@ -1,6 +1,6 @@
 """Sources: where a method's random directions come from, for methods that can use more than one kind.
 
-A source is a frozen dataclass of its options; `draw(ctx)` is a fresh direction with E[z z^T] = I over everything that is
+A source is a dataclass of its options; `draw(ctx)` is a fresh direction with E[z z^T] = I over everything that is
 random in it. Sources keep no state that the run seed and the step do not give back.
 """
 

@@ -185,7 +185,7 @@ class ZOFineTuner(Base):
                 f"The networks in {folder} hash to {found}, but the run used those of {self.digest}: the folder was made "
                 "anew or replaced. Give the fine-tuner of the run, or leave digest out to begin another run."
             )
-        self.digest = found
+        object.__setattr__(self, "digest", found)  # filled in while it is made; options are fixed
         return networks
 
 

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zotune.core.noise import check_kind
+from zotune.core.registry import check_name
 from zotune.core.site import canonical_name
+from zotune.core.weights import STORAGES
+from zotune.engines import CHOICES
 from zotune.errors import ConfigError, ParameterError
 
 HYPERPARAMETERS = ("lr", "eps", "weight_decay")
@@ -114,6 +118,13 @@ def check_hyperparameters(groups: Iterable[dict[str, Any]]) -> None:
             number = isinstance(given, Real) or (isinstance(given, Tensor) and given.numel() == 1)
             if not (number and math.isfinite(float(given)) and good(float(given))):
                 raise ConfigError(f"{key} must be {needed}; got {given!r}.")
+
+
+def check_choices(noise: str, low_precision: str, engine: str) -> None:
+    """Raise a ConfigError for a name that is not known: where settings are read, long before a `ZO` is made of them."""
+    check_kind(noise)
+    check_name("low_precision", low_precision, STORAGES)
+    check_name("engine", engine, CHOICES)
 
 
 def hyperparameters_of(groups: Iterable[dict[str, Any]]) -> list[dict[str, float]]:

@@ -26,7 +26,7 @@ def decays(name: str) -> bool:
 
 
 class BaseRule(Options):
-    """A rule that remembers nothing. A rule is a frozen dataclass; its fields are its options."""
+    """A rule that remembers nothing. A rule is a dataclass; its fields are its options."""
 
     part: ClassVar[str] = "rule"
     extra_state: ClassVar[str] = "none"

@@ -41,11 +41,17 @@ def ask(job: Job, listener: Listener, *, demonstrations: int = 0, calibrate: boo
 
 def in_context(job: Job, listener: Listener, count: int) -> dict[str, Any]:
     """Held-out numbers with solved training examples before each question, one set for all."""
+    encoded = demonstrated(job, listener, count)
+    return job.assessor.line(encoded, lambda done, total: listener.evaluating(done, total, "held out, in context"))
+
+
+def demonstrated(job: Job, listener: Listener, count: int) -> list[Encoded]:
+    """The held-out rows behind solved training examples."""
     asked = with_demonstrations(_words(job.heldout), _words(job.train), count=count, seed=job.config.data_seed)
     encoded = _encode(job, asked)
     if truncation(encoded).examples:
         listener.say(f"with demonstrations: {truncation(encoded)}")
-    return job.assessor.line(encoded, lambda done, total: listener.evaluating(done, total, "held out, in context"))
+    return encoded
 
 
 def _calibrated(job: Job) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """What a training run is made of: one dataclass, read from YAML and the command line alike."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
-from math import inf
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from zotune.core.registry import suggest
 from zotune.errors import ConfigError
 
 PRECISIONS = {
@@ -18,7 +18,11 @@ PRECISIONS = {
     "bf16": "bf16 weights and forwards",
     "fp16": "fp16 weights and forwards",
 }
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES: dict[str, Callable[[float], float]] = {  # of the learning rate: its factor when a share of the steps is done
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
 PROTOCOLS = ("plain", "mezo")
 
 
@@ -91,15 +95,15 @@ class TrainConfig:
             if value is not None and value < least:
                 need = "at least 1 with protocol mezo, which draws a number of rows" if least else "at least 0 (all)"
                 wrong.append(f"{name} must be {need}, got {value}")
-        for name, known in (("precision", tuple(PRECISIONS)), ("schedule", SCHEDULES), ("protocol", PROTOCOLS)):
+        for name, known in (("precision", tuple(PRECISIONS)), ("schedule", tuple(SCHEDULES)), ("protocol", PROTOCOLS)):
             value = getattr(self, name)
             if value not in known:
-                wrong.append(f"{name} must be one of {', '.join(known)}, got {value!r}{_nearest(value, known)}")
-        if self.lr is not None and not 0 <= self.lr < inf:
+                wrong.append(f"{name} must be one of {', '.join(known)}, got {value!r}{suggest(str(value), known)}")
+        if self.lr is not None and not 0 <= self.lr < math.inf:
             wrong.append(f"lr must be at least 0 and finite, got {self.lr}")
-        if self.eps is not None and not 0 < self.eps < inf:
+        if self.eps is not None and not 0 < self.eps < math.inf:
             wrong.append(f"eps must be positive and finite, got {self.eps}")
-        if not 0 <= self.weight_decay < inf:
+        if not 0 <= self.weight_decay < math.inf:
             wrong.append(f"weight_decay must be at least 0 and finite, got {self.weight_decay}")
         if self.fold_every < 0:
             wrong.append(f"fold_every must be at least 0, got {self.fold_every}")
@@ -133,7 +137,7 @@ def load_config(recipe: Path | None, overrides: Mapping[str, Any]) -> TrainConfi
             values[key] = value
     for key in values:
         if key not in known:
-            raise ConfigError(f"Unknown setting {key!r}{where}.{_nearest(str(key), known)} Known: {', '.join(known)}.")
+            raise ConfigError(f"Unknown setting {key!r}{where}.{suggest(str(key), known)} Known: {', '.join(known)}.")
     return TrainConfig(**{key: _typed(key, value, known[key].type, where) for key, value in values.items()})
 
 
@@ -189,8 +193,3 @@ def read_pair(flag: str, text: str) -> tuple[str, Any]:
 
 def _name(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind)
-
-
-def _nearest(word: str, known: Any) -> str:
-    near = get_close_matches(str(word), list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""

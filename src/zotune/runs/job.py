@@ -19,6 +19,7 @@ from zotune.methods import defaults, make_method
 from zotune.models import load_any
 from zotune.optim.optimizer import ZO
 from zotune.optim.pairing import check_folding, check_pair, may_be_late
+from zotune.optim.parameters import check_choices
 from zotune.precision import Precision, choose_device, choose_precision
 from zotune.rules import make_rule
 from zotune.runs.config import TrainConfig
@@ -117,6 +118,7 @@ def prepare(config: TrainConfig, folder: RunFolder, listener: Listener) -> Job:
     refuse_examples(method)
     rule = make_rule(config.rule, config.rule_options)
     check_pair(method, rule)
+    check_choices(config.noise, config.low_precision, config.engine)
     check_folding(config.fold_every, method, rule, [{"weight_decay": config.weight_decay}])
     make_mode(config.mode, config.mode_options)
     task = find_task(config.task)

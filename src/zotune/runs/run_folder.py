@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,12 @@ def _numbers(value: Any) -> Any:
 def is_unused(folder: Path) -> bool:
     """Whether a folder holds nothing, or what a write left behind that was cut short."""
     return all(path.name.startswith(".") and path.name.endswith(".tmp") for path in folder.iterdir())
+
+
+def changed(before: Mapping[str, Any], asked: Mapping[str, Any], leaving: Collection[str] = ()) -> str:
+    """In words, which of the settings asked for are others than before, those left out; "" if none is."""
+    different = [key for key in asked if key not in leaving and before.get(key) != asked[key]]
+    return "; ".join(f"{key} was {before.get(key)!r}, now {asked[key]!r}" for key in different)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -119,9 +125,7 @@ class RunFolder:
                 f"{self.path} holds a run on other rows: the data or the task has changed since it began, so that its first "
                 "evaluation and its last would not be of the same. Put the rows back, or name another folder with --out."
             )
-        different = [key for key in settings if key not in ("out", ROWS) and before.get(key) != settings[key]]
-        if different:
-            changes = "; ".join(f"{key} was {before.get(key)!r}, now {settings[key]!r}" for key in different)
+        if changes := changed(before, settings, leaving=("out", ROWS)):
             raise ConfigError(
                 f"{self.path} holds a run with other settings ({changes}). "
                 "Name another folder with --out, or give the same settings to resume it."
@@ -137,6 +141,7 @@ class RunFolder:
 
         Raises:
             ConfigError: as `begun`, or another process is at work here.
+            DataError: as `begun`.
         """
         with alone_in(self.path):
             resumed = self.begun(settings)

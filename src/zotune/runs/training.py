@@ -4,7 +4,6 @@ Every part of a run is a function of its settings: which rows are drawn, their o
 killed run resumes from its last snapshot plus the ledger's lines, and ends with the bits of an uninterrupted run.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,18 +16,12 @@ from zotune.evaluation.assess import numbers
 from zotune.evaluation.evaluate import fit_prior_correction, prior_corrected
 from zotune.optim.optimizer import ZO
 from zotune.optim.replaying import replay
-from zotune.runs.config import TrainConfig
+from zotune.runs.config import SCHEDULES, TrainConfig
 from zotune.runs.job import Job, Listener, make_optimizer, prepare
 from zotune.runs.plan import plan
 from zotune.runs.report import draw_curves
 from zotune.runs.run_folder import ROWS, RunFolder, read_json, write_json
 from zotune.tasks.objectives import SignalWatch, closure_for
-
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda done: 1.0,
-    "linear": lambda done: 1.0 - done,
-    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
-}
 
 
 def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, Any]:

@@ -39,7 +39,6 @@ class Layout:
     token_weight: Tensor  # (T,) fp64, 1 / number of tokens of that option
     present: Tensor  # (B, K) bool, False where an example has fewer options than K
     labels: Tensor  # (B,) int64
-    single: bool  # every option is one token; then Q = B, one query per example and in their order
     position_ids: Tensor | None = None  # (R, S) int64; None: each row counts from 0
     ends: Tensor | None = None  # (R, S) int64: token i of a row sees token j if j <= i < ends[j]; None: if j <= i
 
@@ -95,7 +94,6 @@ def index_tokens(batch: Sequence[Encoded], input_ids: Tensor, place: Place) -> L
         token_weight=torch.tensor(token_weight, dtype=torch.float64),
         present=torch.tensor(present),
         labels=torch.tensor([example.label for example in batch]),
-        single=all(len(option) == 1 for example in batch for option in example.option_ids),
     )
 
 
