@@ -283,5 +283,6 @@ def test_methods_ask_for_nothing_but_losses():
 
     z = Noise(stream(0, "test"))
     MeZO(n=2, sides=1).estimate(Ctx())
-    assert asked[0] == [HERE]
-    assert [len(points) for points in asked] == [1, 1, 1]
+    ((here, *others),) = asked
+    assert here is HERE
+    assert len(others) == 2  # all in one wave, which an engine may answer in one forward

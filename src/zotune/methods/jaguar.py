@@ -74,9 +74,9 @@ class Jaguar(Base):
         names, eps = subset(ctx, self.ratio), ctx.eps
         share = len(names) / len(ctx.sites) if self.unbiased else 1.0
         g, loss = Combination(), 0.0
-        for _ in range(self.n):
-            z = restricted(ctx.gaussian(), names)
-            plus, minus = ctx.loss([+eps * z, -eps * z])
+        drawn = [restricted(ctx.gaussian(), names) for _ in range(self.n)]
+        losses = ctx.loss([point for z in drawn for point in (+eps * z, -eps * z)])
+        for z, (plus, minus) in zip(drawn, losses.view(-1, 2), strict=True):
             rho = (plus - minus) / (2 * eps)
             g += (rho / (self.n * share)) * z
             loss += (plus + minus) / (2 * self.n)

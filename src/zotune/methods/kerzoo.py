@@ -118,14 +118,13 @@ class KerZOO(FromSource):
     def estimate(self, ctx: Context) -> Estimate:
         """The mean of n slopes times kernel times direction."""
         g, loss = Combination(), 0.0
-        for i in range(self.n):
-            z = self._source.draw(ctx)
-            h, probe, weighted, r = VARIANTS[self.variant](self, ctx, z, i)
-            plus, minus = ctx.loss([+h * probe, -h * probe])
+        drawn = [VARIANTS[self.variant](self, ctx, self._source.draw(ctx), i) for i in range(self.n)]
+        losses = ctx.loss([point for h, probe, _, _ in drawn for point in (+h * probe, -h * probe)])
+        for (h, _, weighted, _), (plus, minus) in zip(drawn, losses.view(-1, 2), strict=True):
             rho = (plus - minus) / (2 * h)
             g += (rho / self.n) * weighted
             loss += (plus + minus) / (2 * self.n)
-        return Estimate(g, loss, {"rho": rho, "radius": r})
+        return Estimate(g, loss, {"rho": rho, "radius": drawn[-1][-1]})
 
     def _shared(self, ctx: Context, z: Direction, i: int) -> tuple[float, Direction, Direction, float]:
         """One radius for all tensors: (a eps, r z, K(r) z, a r) for r in units of a.

@@ -58,11 +58,11 @@ class MeZO(Base):
         return Estimate(g, losses.mean(), {"rho": rho[-1]})
 
     def _forward(self, ctx: Context) -> Estimate:
-        g, eps = Combination(), ctx.eps
-        (here,) = ctx.loss([HERE])
-        for _ in range(self.n):
-            z = ctx.gaussian()
-            (plus,) = ctx.loss([+eps * z])
-            rho = (plus - here) / eps
-            g += (rho / self.n) * z
-        return Estimate(g, here, {"rho": rho})
+        eps = ctx.eps
+        z = [ctx.gaussian() for _ in range(self.n)]
+        here, *plus = ctx.loss([HERE, *(+eps * each for each in z)])
+        rho = [(there - here) / eps for there in plus]
+        g = Combination()
+        for slope, each in zip(rho, z, strict=True):
+            g += (slope / self.n) * each
+        return Estimate(g, here, {"rho": rho[-1]})

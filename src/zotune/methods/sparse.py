@@ -94,9 +94,9 @@ class Sparse(Base):
             self._densities = _DENSITIES[self.kind](ctx, self.density)
         mask = _mask_of(ctx, self.interval)
         g, loss, eps = Combination(), 0.0, ctx.eps
-        for _ in range(self.n):
-            z = Masked(ctx.gaussian(), mask, self._densities, self.density)
-            plus, minus = ctx.loss([+eps * z, -eps * z])
+        drawn = [Masked(ctx.gaussian(), mask, self._densities, self.density) for _ in range(self.n)]
+        losses = ctx.loss([point for z in drawn for point in (+eps * z, -eps * z)])
+        for z, (plus, minus) in zip(drawn, losses.view(-1, 2), strict=True):
             rho = (plus - minus) / (2 * eps)
             g += (rho / self.n) * z
             loss += (plus + minus) / (2 * self.n)
