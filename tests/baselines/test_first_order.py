@@ -47,9 +47,13 @@ def test_it_is_adamw_on_the_scorers_loss_with_a_linear_schedule(make_llama):
     run = train_first_order(
         scorer, TRAIN, steps=5, batch_size=6, lr=1e-3, weight_decay=0.1, checkpointing=False, seed=3
     )
-    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-3, weight_decay=0.1)
+    norms = [p for name, p in twin.named_parameters() if "norm" in name]
+    others = [p for name, p in twin.named_parameters() if "norm" not in name]
+    groups = [{"params": others}, {"params": norms, "weight_decay": 0.0}]  # as all zeroth-order rules decay
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1)
     for step in range(5):
-        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / 5)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (1 - step / 5)
         loss = other.loss([TRAIN[i] for i in batch_at(step, len(TRAIN), 6, 3)])
         optimizer.zero_grad()
         loss.backward()

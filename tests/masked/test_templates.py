@@ -92,6 +92,8 @@ def test_bad_rows_are_refused_by_number(tokenizer, row, message):
 def test_refusals(tokenizer):
     with pytest.raises(ConfigError, match="no masked template for task 'copa'"):
         find_masked_template("copa")
+    with pytest.raises(ConfigError, match=r"\{sentence:upper\} names no form of a field: there are open, lower"):
+        MaskedTemplate("{sentence:upper} It was {mask}.", {0: "bad", 1: "good"})
     with pytest.raises(ConfigError, match="once"):
         MaskedTemplate("{sentence} It was", {0: "a", 1: "b"})
     with pytest.raises(DataError, match=r"'unheard' is .* tokens"):

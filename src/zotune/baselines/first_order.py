@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from zotune.baselines.meter import Usage, measure
+from zotune.core.site import canonical_name
 from zotune.errors import ClosureError, ConfigError, DataError, ParameterError
 from zotune.evaluation.evaluate import Evaluation, evaluate
+from zotune.rules.base import decays
 from zotune.runs.config import SCHEDULES
 from zotune.runs.training import batch_at
 from zotune.tasks.encoding import Encoded
@@ -102,7 +104,7 @@ def train_first_order(
         steps: updates to make.
         batch_size: examples per update.
         lr: at the start; None takes the mode's.
-        weight_decay: AdamW's.
+        weight_decay: AdamW's, of the tensors that zeroth-order rules decay: no biases and norms.
         clip: largest norm of the gradient (1 is the Trainer's default); None for no limit.
         checkpointing: keep the inputs of layers and run these again in the backward pass, instead of keeping all.
         micro_batch: examples per forward and backward pass; changes nothing but memory and rounding.
@@ -125,7 +127,7 @@ def train_first_order(
     each = forward_equivalents(scorer.model, checkpointing)
     records: list[dict[str, float]] = []
     with measure(scorer.device) as usage, _training(scorer.model, checkpointing), _seeded(scorer.device, seed):
-        optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=weight_decay)
+        optimizer = _adamw(scorer.model, rate, weight_decay)
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = rate * SCHEDULES["linear"](step / steps)
@@ -178,6 +180,16 @@ def _accumulate(scorer: Scorer, batch: Sequence[Encoded], size: int) -> float:
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     return total
+
+
+def _adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if decays(canonical_name(name)) else spared).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay)
 
 
 @contextmanager

@@ -4,13 +4,19 @@ Templates and words are MeZO's for RoBERTa-large (arXiv 2305.17333, its appendix
 a pair of sentences the first loses its final punctuation and the second begins in lower case.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from string import Formatter
 
 from zotune.errors import ConfigError, DataError
 from zotune.tasks.task import Label, Row
 
 MASK = "{mask}"
+FORMS: dict[str, Callable[[str], str]] = {
+    "": lambda text: text,
+    "open": lambda text: text[:-1].rstrip() if text[-1] in ".?!" else text,
+    "lower": lambda text: text[:1].lower() + text[1:],
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,11 @@ class MaskedTemplate:
             raise ConfigError(
                 f"a masked template needs {MASK} once and two words or more; got {self.text!r}, {self.words}."
             )
+        for _, name, form, _ in Formatter().parse(self.text):
+            if name is not None and form not in FORMS:
+                raise ConfigError(
+                    f"{{{name}:{form}}} names no form of a field: there are {', '.join(filter(None, FORMS))}, or none at all."
+                )
 
 
 _REVIEW = "{sentence} It was {mask}."
@@ -87,13 +98,6 @@ class _Text:
 
     def __format__(self, how: str) -> str:
         return FORMS[how](self.text)
-
-
-FORMS = {
-    "": lambda text: text,
-    "open": lambda text: text[:-1].rstrip() if text[-1] in ".?!" else text,
-    "lower": lambda text: text[:1].lower() + text[1:],
-}
 
 
 class _Fields(dict[str, _Text]):
