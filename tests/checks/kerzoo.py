@@ -226,7 +226,7 @@ def noise_of(twin, step, per_direction=2):
 
 def compare(named, twin, start):
     for name, p in named:
-        assert float((p.detach() - twin[name]).abs().max()) < 1e-10, name
+        assert float((p.detach() - twin[name]).abs().max()) < 1e-10, name  # fp64, a few steps of numbers of about 1
         assert float((p.detach() - start[name]).abs().max()) > 1e-3, "nothing moved, so nothing was compared"
 
 

@@ -204,6 +204,7 @@ def test_what_is_no_row_of_the_answer_goes_alone_from_the_first_wave_on(way, spi
     engine = Batched(weights)
     engine.compares = False
     for _ in range(3):
+        # fp64, sums in another order
         assert losses(engine, points, closure, waves=1) == pytest.approx(expected, rel=1e-12)
     assert not spied
 

@@ -250,6 +250,7 @@ def test_a_closure_that_builds_a_graph():
     answers(engine, pair(noise(0)), closure)
     with_graph = torch.enable_grad()(closure)
     expected = answers(InPlace(weights), pair(noise(0)), with_graph, 1)
+    # fp64, sums in another order
     assert answers(engine, pair(noise(0)), with_graph, 1) == pytest.approx(expected, rel=1e-12)
     assert "the closure builds a graph" in engine.reason
 

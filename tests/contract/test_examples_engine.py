@@ -76,6 +76,7 @@ def test_layerwise_answers_as_in_place():
     points = [HERE, *pair(Z)]
     one, other = Layerwise(Weights(named)), InPlace(Weights(named))
     made = answers(one, points, closure)
+    # fp64, w + eps z made in another order
     assert torch.allclose(made, answers(other, points, closure), rtol=1e-13, atol=0)
     assert torch.equal(made[0], closure().detach())
 

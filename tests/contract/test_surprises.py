@@ -57,7 +57,7 @@ def losses(build, closure_at, engine, steps=3, seed=0):
 def assert_as_in_place(build, closure_at, engine="auto", steps=3, seed=0):
     expected, _ = losses(build, closure_at, "in_place", steps, seed)
     found, opt = losses(build, closure_at, engine, steps, seed)
-    assert found == pytest.approx(expected, rel=1e-12, abs=0.0)
+    assert found == pytest.approx(expected, rel=1e-12, abs=0.0)  # fp64, sums in another order
     return opt
 
 
@@ -261,7 +261,7 @@ def test_a_body_that_begins_to_reorder_rows_is_found():
 
     expected, _ = losses(Sorted, closure_at, "in_place", steps=10)
     found, opt = losses(Sorted, closure_at, "auto", steps=10)
-    assert found[-6:] == pytest.approx(expected[-6:], rel=1e-12, abs=0.0)
+    assert found[-6:] == pytest.approx(expected[-6:], rel=1e-12, abs=0.0)  # fp64, sums in another order
     assert "not batched" in opt.engine.reason
 
 

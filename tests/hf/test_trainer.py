@@ -304,7 +304,7 @@ def test_a_loss_that_takes_its_labels_out_of_the_batch_finds_them_in_every_query
 def test_the_schedule_moves_the_learning_rate(run):
     trainer = run(lr_scheduler_type="linear", warmup_steps=2, max_steps=4)
     used = [entry.groups[0]["lr"] for entry in read_ledger(trainer.zo.ledger.path).entries]
-    assert used == pytest.approx([0.0, 5e-4, 1e-3, 5e-4], rel=1e-12)
+    assert used == pytest.approx([0.0, 5e-4, 1e-3, 5e-4], rel=1e-12)  # a product of two numbers, through JSON
 
 
 def test_defaults_come_with_their_source(run, capsys):

@@ -66,6 +66,7 @@ def test_the_whole_model_where_body_and_head_are_not_known(model, tokenizer, bat
     scorer = scorer_of(model, tokenizer)
     assert "other logits" in scorer.source_reason
     assert not torch.allclose(scorer.scores(batch), expected)
+    # logits twice as large as those of FP32
     torch.testing.assert_close(scorer.scores(batch), naive_scores(model, tokenizer, batch), rtol=0, atol=6e-5)
     with pytest.raises(ModelError, match="gives no hidden states"):
         scorer.hidden(batch)
@@ -84,7 +85,7 @@ def test_evaluate_takes_masked_examples(model, tokenizer, batch):
     scorer = scorer_of(model, tokenizer)
     whole = evaluate(scorer, batch, batch_size=2)
     torch.testing.assert_close(whole.scores, naive_scores(model, tokenizer, batch), **FP32)
-    assert whole.mean_loss == pytest.approx(float(scorer.loss(batch)), abs=3e-5)
+    assert whole.mean_loss == pytest.approx(float(scorer.loss(batch)), abs=3e-5)  # as FP32
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "head", "norm_bias"])

@@ -121,6 +121,7 @@ def test_boost_is_bounded_by_the_number_of_groups():
     squares, trace = method.squares(sites), method.curvature(sites)
     share = {k: squares[k] * trace[k] / sum(squares[j] * trace[j] for j in trace) for k in trace}
     for k in trace:
+        # the same quotients of sums in another order, fp64
         assert method._boost(k, sites, squares) == pytest.approx(min(3.0, 1 / share[k]), rel=1e-9)
 
 

@@ -217,6 +217,7 @@ def test_eps_is_read_every_step():
         here = torch.cat([p.detach() for _, p in named])
         opt.step(lambda: seen.append(torch.cat([p.detach().clone() for _, p in named])) or closure())
         shift = seen[-2] - here
+        # w + eps z - w in fp64, z of 1e-3 at least
         assert torch.allclose(shift, eps * z_of_step(named, step=opt.step_number - 1), rtol=1e-12)
 
 

@@ -27,7 +27,7 @@ def test_normalisation():
     ],
 )
 def test_f1(text, answers, value):
-    assert f1(text, answers) == pytest.approx(float(value), abs=1e-12)
+    assert f1(text, answers) == pytest.approx(float(value), abs=1e-12)  # a quotient of fp64
 
 
 def test_exact_match():

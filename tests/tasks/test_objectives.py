@@ -107,7 +107,7 @@ def test_language_model_loss_is_the_mean_over_tokens(model, tokenizer):
         nll += [-float(predicted[place, token]) for place, token in enumerate(option)]
     lengths = [len(example.option_ids[example.label]) for example in batch]
     assert len(set(lengths)) > 1, "with options of one length the mean over examples would be the same"
-    assert float(objective.loss(batch)) == pytest.approx(sum(nll) / len(nll), abs=3e-5)
+    assert float(objective.loss(batch)) == pytest.approx(sum(nll) / len(nll), abs=3e-5)  # as FP32
     assert objective.weight(batch) == len(nll)
 
 
@@ -144,7 +144,7 @@ def test_scores_of_text(make_llama, tokenizer):
     objective, batch = parts("f1", model, tokenizer)
     texts = [a.text for a in Generator(model, tokenizer, max_new_tokens=4).generate([e.prompt_ids for e in batch])]
     by_hand = [f1(text, row["answers"]["text"]) for text, row in zip(texts, SQUAD, strict=True)]
-    assert float(objective.loss(batch)) == pytest.approx(-sum(by_hand) / 3, abs=1e-12)
+    assert float(objective.loss(batch)) == pytest.approx(-sum(by_hand) / 3, abs=1e-12)  # three additions of fp64
     reward, _ = parts("reward", model, tokenizer, overlap)
     by_hand = [overlap(text, row) for text, row in zip(texts, SQUAD, strict=True)]
     assert float(reward.loss(batch)) == pytest.approx(-sum(by_hand) / 3, abs=1e-12)
