@@ -304,7 +304,12 @@ def test_one_process_at_a_time(settings, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("learn.json", b"x"), ("learn.json", b"[]"), ("snapshot.pt", b""), ("snapshot.pt", b"PK\x03\x04")],
+    [
+        ("learn.json", b"x"),
+        ("learn.json", b"[]"),
+        ("snapshot.safetensors", b""),
+        ("snapshot.safetensors", b"PK\x03\x04"),
+    ],
 )
 def test_damaged_files_of_a_run_are_named(settings, tmp_path, name, content):
     with pytest.raises(Killed):

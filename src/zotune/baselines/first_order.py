@@ -26,6 +26,7 @@ from zotune.rules.base import decays
 from zotune.runs.config import SCHEDULES
 from zotune.runs.training import batch_at
 from zotune.tasks.encoding import Encoded
+from zotune.tasks.module_modes import has_prefix, passing_back
 from zotune.tasks.scoring import OptionScorer
 
 Progress = Callable[[int, float], None]
@@ -194,20 +195,11 @@ def _adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Adam
 
 @contextmanager
 def _training(model: Any, checkpointing: bool) -> Iterator[None]:
-    """Train mode (checkpointing is off in eval mode), gradients on; each module's own mode back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # transformers renamed it
-    if checkpointing:
-        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-    model.train()
+    """Train mode, gradients on; none of either is left afterwards."""
     try:
-        with torch.enable_grad():
+        with passing_back(model, train=True, checkpointing=checkpointing), torch.enable_grad():
             yield
     finally:
-        if checkpointing:
-            getattr(model, f"{kind}_checkpointing_disable")()
-        for module, training in modes:
-            module.training = training
         for parameter in model.parameters():
             parameter.grad = None
 
@@ -254,8 +246,7 @@ def _check_trained(trained: Sequence[nn.Parameter]) -> None:
 def _check_checkpointing(model: Any, checkpointing: bool) -> None:
     if not checkpointing:
         return
-    kind = getattr(getattr(model, "active_peft_config", None), "peft_type", "")
-    if "PREFIX" in str(kind):
+    if has_prefix(model):
         raise ConfigError(
             "gradient checkpointing does not go with a prefix: layers that run again would read keys and values twice. "
             "Set checkpointing=False."

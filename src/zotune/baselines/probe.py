@@ -6,7 +6,6 @@ rows, then all of them are fitted.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from zotune.baselines.meter import Usage, measure
 from zotune.errors import ConfigError, DataError, ModelError
 from zotune.evaluation.evaluate import Evaluation
 from zotune.tasks.encoding import Encoded
+from zotune.tasks.logits import lowered
 
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Penalties tried: the loss is the mean cross entropy + penalty / 2 * the squared weights of standardised features."""
@@ -175,15 +175,11 @@ def _causal_body(scorer: Scorer) -> Any:
         ids = torch.zeros(len(batch), int(lengths.max()), dtype=torch.int64)  # no token sees the padding on its right
         for number, example in enumerate(batch):
             ids[number, : len(example.prompt_ids)] = torch.tensor(example.prompt_ids)
-        with _lowered(scorer):
+        with lowered(scorer.device, scorer.autocast):
             states: Tensor = body(input_ids=ids.to(scorer.device), use_cache=False).last_hidden_state
         return states[torch.arange(len(batch)), lengths.to(states.device) - 1]
 
     return ask
-
-
-def _lowered(scorer: Scorer) -> AbstractContextManager[object]:
-    return nullcontext() if scorer.autocast is None else torch.autocast(scorer.device.type, scorer.autocast)
 
 
 def _classes(train: Sequence[Encoded], heldout: Sequence[Encoded]) -> int:

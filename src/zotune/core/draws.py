@@ -5,7 +5,6 @@ costs is not its numbers but the calls that make them. Here the Philox counters 
 a draw is one pass of Philox and one gather (or one Box-Muller), cut into views.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zotune.core.noise import Stream
+from zotune.core.noise import Stream, box_muller
 from zotune.core.site import site_id
 from zotune.kernels.codebook import BOOKS
 from zotune.kernels.philox import MASK, U64, philox_numpy
@@ -87,9 +86,5 @@ def _rows(words: tuple[U64, U64, U64, U64], kind: str, layout: _Layout) -> Tenso
 
 
 def _gaussian(words: tuple[U64, U64, U64, U64]) -> Tensor:
-    """Exact normals by Box-Muller, four of a block: (blocks, 4)."""
-    drawn = torch.from_numpy(np.stack(words, axis=1).view(np.int64))
-    unit = ((drawn >> 8).to(torch.float32) + 0.5) * 2.0**-24
-    radius = torch.sqrt(-2.0 * torch.log(unit[:, 0::2]))
-    angle = (2.0 * math.pi) * unit[:, 1::2]
-    return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=2).view(-1, 4)
+    """Exact normals, four of a block: (blocks, 4)."""
+    return box_muller(torch.from_numpy(np.stack(words, axis=1).view(np.int64)))

@@ -133,9 +133,12 @@ def _add_gaussian_rows(out: Tensor, site: Site, source: Stream, scale: float | T
 
 def _gaussian(source: Stream, site: int, blocks: Tensor, scale: float | Tensor, like: Tensor) -> Tensor:
     """(b,) block numbers -> (b, 4) exact normals times scale."""
-    # Box-Muller in fp32 whatever the weight's dtype: 24 bits of each word, shifted by half a step so that log(0) cannot be
-    unit = ((words(source.key, site, blocks) >> 8).to(torch.float32) + 0.5) * 2.0**-24
+    return box_muller(words(source.key, site, blocks)).to(like.dtype) * scale
+
+
+def box_muller(drawn: Tensor) -> Tensor:
+    """(b, 4) words of 32 bits, as int64 -> (b, 4) exact normals in fp32, whatever the weight's dtype."""
+    unit = ((drawn >> 8).to(torch.float32) + 0.5) * 2.0**-24  # 24 bits; half a step more, so that log(0) cannot be
     radius = torch.sqrt(-2.0 * torch.log(unit[:, 0::2]))
     angle = (2.0 * math.pi) * unit[:, 1::2]
-    z = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=2).view(-1, 4)
-    return z.to(like.dtype) * scale
+    return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=2).view(-1, 4)

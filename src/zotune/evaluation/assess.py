@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from zotune.evaluation.evaluate import Evaluation, Progress, eval_mode, evaluate
+from zotune.evaluation.evaluate import Evaluation, Progress, evaluate
 from zotune.evaluation.evaluate_text import evaluate_generation
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.generation import Generator
+from zotune.tasks.module_modes import eval_mode
 from zotune.tasks.objectives import LanguageModel
 from zotune.tasks.rewards import Reward
 from zotune.tasks.task import Task

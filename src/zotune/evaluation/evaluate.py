@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zotune.errors import ConfigError, DataError
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.layout import count_rows
-from zotune.tasks.packing_trial import eval_mode as eval_mode  # handed on: evaluations run in it
+from zotune.tasks.module_modes import eval_mode
 from zotune.tasks.scoring import OptionScorer
 from zotune.tasks.shared_prompt import SharedPrompt, worthwhile
 

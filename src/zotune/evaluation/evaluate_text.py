@@ -12,7 +12,7 @@ from zotune.evaluation.evaluate import Progress, check_asked
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.generation import Generated, Generator
 from zotune.tasks.metrics import METRICS
-from zotune.tasks.packing_trial import eval_mode
+from zotune.tasks.module_modes import eval_mode
 from zotune.tasks.rewards import reward_of
 from zotune.tasks.task import Row
 

@@ -21,6 +21,7 @@ from zotune.core.common_random import common_random_numbers
 from zotune.errors import ConfigError, DataError, ModelError
 from zotune.extras import require
 from zotune.tasks.catalogue import TASKS, find_task
+from zotune.tasks.module_modes import kept_modes
 from zotune.tasks.task import refuse_overlap
 from zotune.version import __version__
 
@@ -64,7 +65,7 @@ def evaluate_harness(
     lm_eval = require("lm_eval", extra="eval", purpose=PURPOSE)
     HFLM = require("lm_eval.models.huggingface", extra="eval", purpose=PURPOSE).HFLM
     _check(model, limit, shots)
-    with _quiet(), _as_it_was(model), common_random_numbers(0, {p.device for p in model.parameters()}), torch.no_grad():
+    with _quiet(), kept_modes(model), common_random_numbers(0, {p.device for p in model.parameters()}), torch.no_grad():
         manager, found = _load(tasks, trained_on)
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=autocast)
         results = lm_eval.simple_evaluate(
@@ -136,17 +137,6 @@ def _refuse_overlaps(names: Mapping[str, Any], trained_on: str | None) -> None:
     for name in names:
         if trained_on is not None and name in TASKS:
             refuse_overlap(find_task(trained_on), TASKS[name])
-
-
-@contextmanager
-def _as_it_was(model: Any) -> Iterator[None]:
-    """The harness puts the model into eval mode and leaves it there."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

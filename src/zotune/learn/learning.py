@@ -1,23 +1,21 @@
 """The run: visit the tasks round by round, restart the model, keep what was learned; killed runs resume to the same bits.
 
-While it runs its files are in OUT.learning; when it is finished OUT holds the fine-tuner, and OUT.learning is gone:
+While it runs its files are in OUT.learning; when it is finished OUT holds the fine-tuner and history.jsonl, a line a
+visit, and OUT.learning is gone:
 
-learn.json         settings
-start.safetensors  the base model's weights, for restarts (only if there are any)
-snapshot.pt        everything at some visit
-history.jsonl      one line a visit
+learn.json            settings
+start.safetensors     the base model's weights, for restarts (only if there are any)
+snapshot.safetensors  everything at some visit
 """
 
 import json
-import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zotune.errors import ConfigError, DataError
+from zotune.errors import ConfigError
 from zotune.finetuner.folder import load_folder, save_folder
 from zotune.finetuner.names import assign
 from zotune.finetuner.networks import NUMBERS, from_flat
@@ -31,6 +29,7 @@ from zotune.learn.trajectory import file_start
 from zotune.runs.alone import alone_in
 from zotune.runs.job import Listener
 from zotune.runs.run_folder import changed, read_json, write_json
+from zotune.runs.state_file import read_state, write_state
 
 FORWARDS = 2 + 3 + 3  # of a visit: two probes, and twice forward and backward (a backward pass is worth two forwards)
 
@@ -140,7 +139,7 @@ class _Folder:
 
     def __init__(self, config: LearnConfig) -> None:
         self.path = Path(f"{config.out}.learning")
-        self.start, self._snapshot = self.path / "start.safetensors", self.path / "snapshot.pt"
+        self.start, self._snapshot = self.path / "start.safetensors", self.path / "snapshot.safetensors"
         self._settings, self._asked = self.path / "learn.json", json.loads(json.dumps(config.as_dict()))
 
     def check(self) -> None:
@@ -164,12 +163,7 @@ class _Folder:
         write_json(self._settings, self._asked)
         if not self._snapshot.is_file():
             return []
-        try:
-            state = torch.load(self._snapshot, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise DataError(
-                f"{self._snapshot} is damaged ({error}). Remove it to begin again at the first visit."
-            ) from error
+        state = read_state(self._snapshot, remedy="Remove it to begin again at the first visit.")
         with torch.no_grad():
             for name, slot in learner.opt.weights.slots.items():
                 slot.tensor.copy_(state["weights"][name])
@@ -179,10 +173,5 @@ class _Folder:
 
     def snapshot(self, learner: Learner, history: list[dict[str, Any]]) -> None:
         """Everything, whole or not at all."""
-        temporary = self._snapshot.with_name(".snapshot.pt.tmp")
-        weights = {name: slot.tensor.detach() for name, slot in learner.opt.weights.slots.items()}
-        with temporary.open("wb") as file:
-            torch.save({"weights": weights, "learner": learner.state_dict(), "history": history}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._snapshot)
+        weights = {name: slot.tensor for name, slot in learner.opt.weights.slots.items()}
+        write_state(self._snapshot, {"weights": weights, "learner": learner.state_dict(), "history": history})

@@ -16,6 +16,7 @@ from zotune.core.direction import Direction
 from zotune.core.noise import CHUNK
 from zotune.core.weights import Slot, Weights
 from zotune.tasks.encoding import Encoded
+from zotune.tasks.module_modes import has_prefix, passing_back
 from zotune.tasks.objectives import Objective
 
 Backward = Callable[[], float]  # passes forward and backward over one batch and returns its loss
@@ -121,17 +122,5 @@ def graph_mode(model: Any, *, dropout: bool, checkpointing: bool) -> Iterator[No
     passes without dropout keep their activations. So do all with a prefix: layers that run again would read its keys twice.
     """
     train = dropout or not has_dropout(model)
-    prefix = "PREFIX" in str(getattr(getattr(model, "active_peft_config", None), "peft_type", ""))
-    checkpointing = checkpointing and train and not prefix
-    modes = [(module, module.training) for module in model.modules()]
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # transformers renamed it
-    if checkpointing:
-        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-    model.train(train)
-    try:
+    with passing_back(model, train=train, checkpointing=checkpointing and train and not has_prefix(model)):
         yield
-    finally:
-        if checkpointing:
-            getattr(model, f"{kind}_checkpointing_disable")()
-        for module, training in modes:
-            module.training = training

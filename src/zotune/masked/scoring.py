@@ -5,7 +5,6 @@ same is tried once, as for causal models.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from zotune.errors import ConfigError, DataError, ModelError
 from zotune.tasks.encoding import Encoded
+from zotune.tasks.logits import lowered
 
 HEADS = ("lm_head", "cls")
 """What most masked models of transformers call the module from hidden states to logits."""
@@ -91,7 +91,7 @@ class MaskedScorer:
         if self._body is None:
             raise ModelError(f"{type(self.model).__name__} gives no hidden states: {self.source_reason}.")
         ids, mask, position = self._lay_out(batch)
-        with self._lowered():
+        with lowered(self.device, self.autocast):
             states: Tensor = self._body(input_ids=ids, attention_mask=mask).last_hidden_state
         return states[torch.arange(len(batch), device=states.device), position]
 
@@ -102,7 +102,7 @@ class MaskedScorer:
             logits: Tensor = self._head(hidden.to(next(self._head.parameters()).dtype))
         else:
             ids, mask, position = self._lay_out(batch)
-            with self._lowered():
+            with lowered(self.device, self.autocast):
                 whole: Tensor = self.model(input_ids=ids, attention_mask=mask).logits
             logits = whole[torch.arange(len(batch), device=whole.device), position]
         return logits if logits.dtype == torch.float64 else logits.float()
@@ -152,12 +152,6 @@ class MaskedScorer:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             return ask(ids)
-
-    def _lowered(self) -> AbstractContextManager[object]:
-        # the cache of cast weights is off: weights move between two calls of a closure
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
 
 
 def _pick(values: Tensor, batch: Sequence[Encoded]) -> Tensor:

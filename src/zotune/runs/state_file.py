@@ -21,6 +21,7 @@ from torch import Tensor
 from zotune.errors import DataError
 
 FORMAT = "zotune state 1"
+LEDGER = "Remove it: the ledger of the run beside it has every step."
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
@@ -43,8 +44,12 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path, remedy: str = LEDGER) -> dict[str, Any]:
     """What `write_state` wrote, on the CPU, with the same types, dtypes and bits.
+
+    Args:
+        path: of the file.
+        remedy: what to do if it is damaged, as a sentence.
 
     Raises:
         DataError: damaged, or not a state of this format.
@@ -61,9 +66,7 @@ def read_state(path: Path) -> dict[str, Any]:
     except (SafetensorError, KeyError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(
-            f"{path} is damaged ({error!r}). Remove it: the ledger of the run beside it has every step."
-        ) from error
+        raise DataError(f"{path} is damaged ({error!r}). {remedy}") from error
     return state
 
 

@@ -1,16 +1,14 @@
 """Does a model heed the masks and positions of `packed` layouts? Tried once, on a few tokens."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.head import wide
 from zotune.tasks.layout import lay_out
 from zotune.tasks.logits import BodyAndHead, LogitSource
+from zotune.tasks.module_modes import eval_mode
 from zotune.tasks.packed import pack
 
 LIMITS = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
@@ -55,15 +53,3 @@ def longest_packed(source: LogitSource, device: torch.device) -> tuple[int, str]
     if (states - rows).norm(dim=1).gt(allowed * rows.norm(dim=1)).any():
         return 0, f"{refused}positions or masks given to the model lead to other hidden states"
     return length, "each prompt is fed once for all options, and short examples share rows, where that saves an eighth"
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off in every module; each one's own mode back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

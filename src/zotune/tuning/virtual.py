@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from zotune.core.noise import stream, uniform
 from zotune.errors import ModelError
 from zotune.extras import require
+from zotune.tasks.module_modes import eval_mode
 from zotune.tuning.base import BaseMode, is_masked_lm, refuse_adapters, without_peft_warning
 
 TRIAL = 3  # tokens that the check of the start reads after the virtual ones
@@ -165,13 +166,10 @@ def _check_start(mode: str, model: str, found: Tensor, expected: Tensor, without
 @contextmanager
 def _steady(model: nn.Module) -> Iterator[None]:
     """Dropout off and one thread: keys and values get the same bits whatever the number of threads, as a replay needs."""
-    training = [module for module in model.modules() if module.training]
     threads = torch.get_num_threads()
-    model.eval()
     torch.set_num_threads(1)
     try:
-        yield
+        with eval_mode(model):
+            yield
     finally:
         torch.set_num_threads(threads)
-        for module in training:
-            module.training = True
