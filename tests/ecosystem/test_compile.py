@@ -178,7 +178,10 @@ def test_no_hook_stays_behind(engine):
     """Then torch would warn at every call of a compiled model, for the life of the process."""
     _, closure, opt = made(engine)
     opt.step(closure)
-    assert not torch.nn.modules.module._has_any_global_hook()
+    where = torch.nn.modules.module
+    assert not any(
+        (where._global_forward_pre_hooks, where._global_forward_hooks, where._global_forward_hooks_always_called)
+    )
 
 
 def test_looking_at_a_model_does_not_switch_its_compilation_off():

@@ -109,9 +109,11 @@ _SOME = ["terms"]  # one term is a case of its own: no loop
 @triton.jit
 def _place(start, count, TILE: tl.constexpr, ALIGNED: tl.constexpr):
     """A tile's first element, where that is in memory, the places of its elements from there, and which are meant."""
-    start, count = start.to(tl.int64), count.to(tl.int64)
+    start = start.to(tl.int64)  # one a line: Triton 3.3 cannot compile arguments that are assigned as a tuple
+    count = count.to(tl.int64)
     if ALIGNED:  # both are multiples of 16: said in this way, the compiler moves 16 bytes at once
-        start, count = start // 16 * 16, count // 16 * 16
+        start = start // 16 * 16
+        count = count // 16 * 16
     first = start // 512 * 512 + tl.program_id(0).to(tl.int64) * TILE  # blocks are not cut
     base = first - start
     at = tl.arange(0, TILE // 64)[:, None] * 64 + tl.arange(0, 64)[None, :]
