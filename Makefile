@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(NATIVE)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hf,trl,demo,dev]"
 	touch $@
 
-demo: $(VENV)/.installed      ## fine-tune SmolLM2-135M on movie-review sentiment, forward passes only (six to twelve minutes on two cores)
+demo: $(VENV)/.installed      ## fine-tune SmolLM2-135M on movie-review sentiment, forward passes only (six to twenty minutes on two cores)
 	$(BIN)/zotune train recipes/demo.yaml --out $(RUN)
 
 test: $(VENV)/.installed      ## the whole suite, offline
