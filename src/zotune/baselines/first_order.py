@@ -195,7 +195,7 @@ def _adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Adam
 
 @contextmanager
 def _training(model: Any, checkpointing: bool) -> Iterator[None]:
-    """Train mode, gradients on; none of either is left afterwards."""
+    """Train mode and gradients; afterwards modules are in their own modes again, and no gradient is left."""
     try:
         with passing_back(model, train=True, checkpointing=checkpointing), torch.enable_grad():
             yield

@@ -15,11 +15,12 @@ The released code uses n = 1; its paper finds no gain from more directions at eq
 logged is the mean of the probes; the released code logs L(theta + eps z).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from zotune.core.context import Context, Estimate
-from zotune.core.direction import HERE, Combination
+from zotune.core.direction import HERE, Combination, Direction
 from zotune.methods.base import Base
 
 
@@ -48,21 +49,29 @@ class MeZO(Base):
         return self._central(ctx) if self.sides == 2 else self._forward(ctx)
 
     def _central(self, ctx: Context) -> Estimate:
-        eps = ctx.eps
-        z = [ctx.gaussian() for _ in range(self.n)]
-        losses = ctx.loss([point for each in z for point in (+eps * each, -eps * each)])
-        rho = (losses[0::2] - losses[1::2]) / (2 * eps)  # (n,)
-        g = Combination()
-        for slope, each in zip(rho, z, strict=True):
-            g += (slope / self.n) * each
-        return Estimate(g, losses.mean(), {"rho": rho[-1]})
+        return central(ctx, [ctx.gaussian() for _ in range(self.n)])
 
     def _forward(self, ctx: Context) -> Estimate:
-        eps = ctx.eps
-        z = [ctx.gaussian() for _ in range(self.n)]
-        here, *plus = ctx.loss([HERE, *(+eps * each for each in z)])
-        rho = [(there - here) / eps for there in plus]
-        g = Combination()
-        for slope, each in zip(rho, z, strict=True):
-            g += (slope / self.n) * each
-        return Estimate(g, here, {"rho": rho[-1]})
+        return forward(ctx, [ctx.gaussian() for _ in range(self.n)])
+
+
+def central(ctx: Context, z: Sequence[Direction]) -> Estimate:
+    """Central differences along n directions of any source; all 2n points are asked for at once."""
+    eps = ctx.eps
+    losses = ctx.loss([point for each in z for point in (+eps * each, -eps * each)])
+    rho = (losses[0::2] - losses[1::2]) / (2 * eps)  # (n,)
+    g = Combination()
+    for slope, each in zip(rho, z, strict=True):
+        g += (slope / len(z)) * each
+    return Estimate(g, losses.mean(), {"rho": rho[-1]})
+
+
+def forward(ctx: Context, z: Sequence[Direction]) -> Estimate:
+    """Forward differences along n directions against the current weights; all n + 1 points are asked for at once."""
+    eps = ctx.eps
+    here, *plus = ctx.loss([HERE, *(+eps * each for each in z)])
+    rho = [(there - here) / eps for there in plus]
+    g = Combination()
+    for slope, each in zip(rho, z, strict=True):
+        g += (slope / len(z)) * each
+    return Estimate(g, here, {"rho": rho[-1]})

@@ -30,13 +30,14 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from zotune.core.context import Context, Estimate
-from zotune.core.direction import HERE, Combination, Direction
+from zotune.core.direction import Direction
 from zotune.core.frames import Batch, Frames
 from zotune.core.low_rank import as_matrix, low_rank_or_noise, low_rank_shape, normal_stack, random_basis
 from zotune.core.noise import Stream
 from zotune.core.options import Options
 from zotune.core.site import Site
 from zotune.methods.base import Base
+from zotune.methods.mezo import central, forward
 
 THIN = 8  # a side of at most THIN * rank is thin: the basis would span an eighth of it or more
 RESHAPES = ("auto", "never", "always")
@@ -139,22 +140,10 @@ class SubZero(Base):
         return self._central(ctx) if self.sides == 2 else self._forward(ctx)
 
     def _central(self, ctx: Context) -> Estimate:
-        eps = ctx.eps
-        z = [self.source.draw(ctx) for _ in range(self.n)]
-        losses = ctx.loss([point for each in z for point in (+eps * each, -eps * each)])
-        rho = (losses[0::2] - losses[1::2]) / (2 * eps)  # (n,)
-        g = Combination()
-        for slope, each in zip(rho, z, strict=True):
-            g += (slope / self.n) * each
-        return Estimate(g, losses.mean(), {"rho": rho[-1]})
+        return central(ctx, [self.source.draw(ctx) for _ in range(self.n)])
 
     def _forward(self, ctx: Context) -> Estimate:
-        eps = ctx.eps
-        z = [self.source.draw(ctx) for _ in range(self.n)]  # drawn first: it says if the rank does not fit
-        here, *plus = ctx.loss([HERE, *(+eps * each for each in z)])
-        rho = [(there - here) / eps for there in plus]
-        g = Combination(tuple((slope / self.n, each) for slope, each in zip(rho, z, strict=True)))
-        return Estimate(g, here, {"rho": rho[-1]})
+        return forward(ctx, [self.source.draw(ctx) for _ in range(self.n)])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Method.load_state_dict`: nothing is saved, and the bases are made again at the next step."""

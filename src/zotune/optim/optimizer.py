@@ -207,10 +207,10 @@ class ZO(Refusing):
         self._standing.check()
         if self.ledger is not None and self.folding.pending:
             self.ledger.fold(self.describe, self.step_number)
-        what = f"The fold after {self.step_number} steps"
+        moving = self._standing.moving(f"The fold after {self.step_number} steps")
         with (
-            self._standing.moving(what) if self.folding.pending else nullcontext()
-        ):  # late moves are written or wait on
+            moving if self.folding.pending else nullcontext()
+        ):  # else there are late moves alone: written, or they wait on
             self.folding.fold(self.seed, self.step_number)
             self._count_step()
 
